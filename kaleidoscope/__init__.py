@@ -1,0 +1,1 @@
+"""Kaleidoscope: personalised UI. Importing the package imports nothing else; the rooms are its modules."""

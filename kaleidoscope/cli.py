@@ -1,0 +1,271 @@
+"""The `kaleidoscope` command: parses, runs one job of `kaleidoscope.commands`, prints what it returns.
+
+Thin on purpose. Heavy libraries are imported inside the command functions, so that `--help` answers at once.
+Exit codes: 0 ok, 1 the job failed, 2 bad usage or input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kaleidoscope.errors import KaleidoscopeError
+from kaleidoscope.progress import Progress, Silent
+from kaleidoscope.vocabulary import Level, Policy, Verdict
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+app = typer.Typer(
+    name="kaleidoscope",
+    help="Personalised UI: learn from an impression log who prefers which telling, and whether it is worth it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", min=0, help="Seed of every random choice. Default: KALEIDOSCOPE_SEED, or 0.")
+]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line `argv` (default: this process's) and exit with its code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
+    try:
+        # Typer's own rendering of a usage error is for people; with --json it has to reach the handler below.
+        code = app(arguments, prog_name="kaleidoscope", standalone_mode=not as_json)
+    except Exception as error:
+        code = _render_error(error, as_json=as_json)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kaleidoscope {version('kaleidoscope')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Personalised UI: learn from an impression log who prefers which telling, and whether it is worth it."""
+
+
+@app.command()
+def learn(
+    log: Annotated[Path, typer.Argument(metavar="LOG", exists=True, help="The impression log, Parquet or CSV.")],
+    schema: Annotated[
+        Path, typer.Option("--schema", exists=True, dir_okay=False, help="What its columns mean (YAML).")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", file_okay=False, help="Folder for report.html and summary.json; made if missing.")
+    ],
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Learn from an impression log: is personalising worth it, by how much, and for whom?"""
+    from kaleidoscope.settings import load_settings
+
+    settings = load_settings()
+    with _job_output(as_json) as progress:
+        from kaleidoscope.commands.learn import run_learn
+
+        summary = run_learn(
+            log, schema, out, settings=settings, seed=settings.seed if seed is None else seed, progress=progress
+        )
+    _print_summary(summary, out, as_json=as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", file_okay=False, help="Folder for the log, its schema and the report.")
+    ] = Path("kaleidoscope-demo"),
+    rows: Annotated[int, typer.Option("--rows", min=1_000, help="Exposures to simulate.")] = 200_000,
+    seed: SeedOption = None,
+    no_serve: Annotated[
+        bool, typer.Option("--no-serve", help="End when the report is written. So far the demo always does.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Simulate a log with planted preferences, learn from it, and write the report."""
+    from kaleidoscope.settings import load_settings
+
+    settings = load_settings()
+    with _job_output(as_json) as progress:
+        from kaleidoscope.commands.demo import run_demo
+
+        summary = run_demo(
+            out, rows=rows, settings=settings, seed=settings.seed if seed is None else seed, progress=progress
+        )
+    _print_summary(summary, out, as_json=as_json)
+
+
+# ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _render_error(error: Exception, *, as_json: bool) -> int:
+    """Show `error` as JSON on stdout or in words on stderr; return the exit code. The one place that does."""
+    code = 1
+    if isinstance(error, KaleidoscopeError):
+        shape, code = error.as_dict(), error.exit_code
+    elif isinstance(error, typer.TyperException):
+        shape, code = {"error": {"code": "bad_usage", "message": error.format_message()}}, error.exit_code
+    else:
+        message = f"{type(error).__name__}: {error}. Run it again with KALEIDOSCOPE_DEBUG=1 for the traceback."
+        shape = {"error": {"code": "internal", "message": message}}
+    if _debug() and not isinstance(error, typer.TyperException):
+        import traceback
+
+        traceback.print_exception(error)
+    if as_json:
+        _print_json(shape)
+    else:
+        from rich.text import Text
+
+        detail: Any = shape["error"]
+        _console(stderr=True).print(Text(f"Error ({detail['code']}): {detail['message']}", style="bold red"))
+    return code
+
+
+def _debug() -> bool:
+    """Return whether tracebacks are wanted; not when the settings cannot even be read."""
+    from kaleidoscope.settings import load_settings
+
+    try:
+        return load_settings().debug
+    except KaleidoscopeError:
+        return False
+
+
+# ── output ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ADVICE = {
+    Verdict.PERSONALISE: "Personalise: choosing the variant for each user is worth it.",
+    Verdict.BEST_PER_CONTEXT: "Choose the best variant per context; nothing shows that choosing per user adds to it.",
+    Verdict.BEST_SINGLE: "Show the best single variant to everybody; nothing shows that choosing adds to it.",
+    Verdict.INCONCLUSIVE: "Inconclusive: this log does not show that one way of choosing is better than another.",
+}
+
+
+@contextlib.contextmanager
+def _job_output(as_json: bool) -> Iterator[Progress]:
+    """Show progress on a terminal's stderr; with --json keep stdout clear of what libraries print."""
+    if as_json:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield Silent()
+    elif sys.stderr.isatty():
+        with _RichProgress(_console(stderr=True)) as progress:
+            yield progress
+    else:
+        yield Silent()
+
+
+class _RichProgress:
+    """Stages as progress bars, one below the other."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bars
+
+        self._bars = Bars(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._current: TaskID | None = None
+
+    def __enter__(self) -> _RichProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is None:
+            self._finish()
+        self._bars.stop()
+
+    def stage(self, name: str) -> None:
+        """Finish the bar there is and begin one called `name`."""
+        self._finish()
+        self._current = self._bars.add_task(name, total=1.0)
+
+    def advance(self, done: float) -> None:
+        """Draw the current bar up to the share `done`."""
+        if self._current is not None:
+            self._bars.update(self._current, completed=done)
+
+    def _finish(self) -> None:
+        if self._current is not None:
+            self._bars.update(self._current, completed=1.0)
+            self._current = None
+
+
+def _print_summary(summary: Mapping[str, Any], out: Path, *, as_json: bool) -> None:
+    if as_json:
+        _print_json(summary)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    table = Table("policy", "value", "95 % interval", "effective rows", title="What each policy would have earned")
+    for policy in Policy:
+        table.add_row(policy.value.replace("_", " "), *_value_cells(summary["policy_value"][policy]))
+    console.print(table)
+    gain = summary["personalisation_gain"]
+    if gain is not None:
+        over = gain["over"].replace("_", " ")
+        interval = f"[{gain['ci_low']:+.4f}, {gain['ci_high']:+.4f}]"
+        p = "" if gain["permutation_p"] is None else f", permutation p = {gain['permutation_p']:.2f}"
+        console.print(Text(f"Gain of personalising over {over}: {gain['value']:+.4f} {interval}{p}"))
+    console.print(Text(ADVICE[Verdict(summary["verdict"])], style="bold"))
+    console.print(Text(_auc_line(summary["model"])))
+    for check in summary["checks"]:
+        if check["level"] != Level.INFO:
+            style = "red" if check["level"] == Level.ERROR else "yellow"
+            console.print(Text(f"{check['level']} ({check['code']}): {check['message']}", style=style))
+    # Not wrapped: people and scripts copy it.
+    console.print(Text(f"Report: {out / 'report.html'}"), soft_wrap=True)
+
+
+def _value_cells(value: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    if value is None:
+        return "unknown", "too little data", ""
+    return f"{value['value']:.4f}", f"[{value['ci_low']:.4f}, {value['ci_high']:.4f}]", f"{value['ess']:,.0f}"
+
+
+def _auc_line(model: Mapping[str, Any] | None) -> str:
+    """Return the held-out AUC of the network beside its baselines', leaving out the unknown ones."""
+    if model is None or model["auc"] is None:
+        return "AUC on held-out units: unknown"
+    known = {name: auc for name, auc in model["baseline_auc"].items() if auc is not None}
+    beside = ", ".join(f"{name.replace('_', ' ')} {auc:.3f}" for name, auc in known.items())
+    return f"AUC on held-out units: {model['auc']:.3f}" + (f" ({beside})" if beside else "")
+
+
+def _print_json(value: Mapping[str, Any]) -> None:
+    # NaN is not JSON; unknown is null, and a summary that says NaN is a bug to be seen.
+    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)

@@ -1,0 +1,478 @@
+"""`kaleidoscope learn`: from an impression log to a verdict. Reads, checks, cross-fits, values, and writes the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from kaleidoscope.commands.report import Evidence, render_report
+from kaleidoscope.encoding import Encoder
+from kaleidoscope.errors import JobError
+from kaleidoscope.exposure import Independence, Srm, Support, exposure_independence, logging_policy, srm
+from kaleidoscope.log import Check, Log, LogSchema, read_log, read_schema
+from kaleidoscope.policy_value import (
+    Estimate,
+    LoggedRows,
+    Scores,
+    Weighting,
+    choose_weighting,
+    dr_scores,
+    estimate,
+    gains_over_simpler,
+    greedy,
+    ips_scores,
+    permutation_p,
+    policy_weights,
+    snips_scores,
+    uniform_weights,
+    verdict,
+)
+from kaleidoscope.progress import Progress
+from kaleidoscope.settings import Settings
+from kaleidoscope.vocabulary import Level, Policy
+from models.baselines import LightGbm
+from models.batch import Examples
+from models.metrics import AucSums, LogLossSums, calibration
+from models.permutation import OneStep, permuted_rows
+from models.tables import Layout, Tables, fit_tables
+from models.train import CtrModel, fit_network
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+FOLDS = ((60_000, 5), (300_000, 3))  # rows up to which that many folds are made; beyond, 2
+ALL_FOLDS_JUDGED = 60_000  # rows up to which the baselines are fitted on every fold; beyond, on the first
+PERMUTATIONS = 99
+PERMUTED_ROWS = 200_000
+PERMUTED_PAIRS = 30_000_000  # (row, variant) scores per permutation
+
+
+def run_learn(
+    log_path: Path, schema_path: Path, out_dir: Path, *, settings: Settings, seed: int, progress: Progress
+) -> dict[str, object]:
+    """Learn from the log at `log_path` and write `out_dir`/summary.json and report.html; returns the summary.
+
+    Raises SchemaError or LogError where the input cannot be used; then nothing is written.
+    """
+    clock = _Clock(progress)
+    with clock("read"):
+        schema = read_schema(schema_path)
+        log = read_log(log_path, schema)
+    summary, evidence = learn(log, schema, seed=seed, clock=clock)
+    _write(out_dir, summary, render_report(summary, evidence))
+    return summary
+
+
+def learn(
+    log: Log, schema: LogSchema, *, seed: int, clock: _Clock, simulated: bool = False
+) -> tuple[dict[str, object], Evidence]:
+    """The summary of the log contract, and what the report shows beside it."""
+    with clock("check"):
+        mismatch = srm(log)
+        independence = exposure_independence(log, seed=seed)
+    with clock("encode"):
+        log, fold = log.folds(_n_folds(len(log)), seed)
+        support = logging_policy(log)
+        encoder = _fit_encoder(log, schema)
+        examples = Examples.of(log, encoder)
+    with clock("cross-fit"):
+        fitted = _cross_fit(examples, encoder, fold, support, schema, seed=seed, advance=clock.advance)
+    with clock("baselines"):
+        model = _judge(examples, encoder, fold, fitted, schema, seed=seed)
+    with clock("value"):
+        values = _value(log, examples, support, fitted, n_folds=int(fold.max()) + 1)
+    with clock("permute"):
+        p = None
+        if schema.user:
+            p = _permutation_p(log, examples, encoder, fold, support, fitted, values, seed=seed, advance=clock.advance)
+    over, gain = values.gains.get(Policy.PERSONALISED, (None, None))
+    has_claim = log.propensity is not None or not independence.dependent
+    gains = {policy: found for policy, (_, found) in values.gains.items()}
+    summary: dict[str, object] = {
+        "rows": log.file_rows,
+        "units": log.n_units,
+        "variants": log.n_variants,
+        "positive_rate": log.positive_rate,
+        "checks": [
+            {"code": c.code, "level": str(c.level), "message": c.message}
+            for c in (*log.checks, *_findings(mismatch, independence, has_claim=has_claim))
+        ],
+        "srm": None if mismatch is None else {"p_value": mismatch.p_value, "flagged": mismatch.flagged},
+        "exposure_independence": {"p_value": independence.p_value, "dependent": independence.dependent},
+        "model": model,
+        "policy_value": {str(policy): _numbers(values.estimates.get(policy)) for policy in Policy},
+        "personalisation_gain": None
+        if over is None or gain is None
+        else {
+            "over": str(over),
+            "value": gain.value,
+            "se": gain.se,
+            "ci_low": gain.ci_low,
+            "ci_high": gain.ci_high,
+            "permutation_p": p,
+        },
+        "verdict": str(verdict(values.estimates, gains, p, has_claim)),
+        "insights": None,
+        "main_effects": None,
+        "timings_s": clock.seconds,
+        "versions": {name: version(name) for name in ("kaleidoscope", "torch", "numpy", "lightgbm")}
+        | {"python": platform.python_version()},
+        "seed": seed,
+    }
+    return summary, _evidence(log, schema, support, fitted, examples, values, mismatch, simulated=simulated)
+
+
+# ── cross-fitting ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class _CrossFit:
+    """Held-out predictions and choices of every row, by models that never saw its unit."""
+
+    network_logit: Floats  # (n,) of what was shown
+    blind_logit: Floats  # (n,) of what was shown, by the best model without user features
+    chosen: dict[Policy, Ints]  # (n,) each
+    q_chosen: dict[Policy, Floats]
+    q_uniform: Floats
+    blind: list[Tables] = field(default_factory=list)  # per fold
+    networks: list[CtrModel] = field(default_factory=list)
+
+
+def _n_folds(rows: int) -> int:
+    return next((k for limit, k in FOLDS if rows <= limit), 2)
+
+
+def _fit_encoder(log: Log, schema: LogSchema) -> Encoder:
+    columns = dict(log.columns)
+    group = [] if schema.group is None else [schema.group]
+    if log.groups is not None:
+        columns[group[0]] = log.groups.take(log.group)
+    return Encoder.fit(
+        columns,
+        user=schema.user,
+        context=schema.context,
+        group=group,
+        variants=log.variants,
+        dimensions=schema.variant,
+    )
+
+
+def _cross_fit(
+    examples: Examples,
+    encoder: Encoder,
+    fold: Ints,
+    support: Support,
+    schema: LogSchema,
+    *,
+    seed: int,
+    advance: Callable[[float], None],
+) -> _CrossFit:
+    n, k = len(examples), int(fold.max()) + 1
+    policies = [Policy.BEST_SINGLE]
+    policies += [Policy.BEST_PER_CONTEXT] if schema.context else []
+    policies += [Policy.PERSONALISED] if schema.user else []
+    out = _CrossFit(
+        np.empty(n), np.empty(n), {p: np.empty(n, np.int64) for p in policies}, {p: np.empty(n) for p in policies}, np.empty(n)
+    )
+    blind_examples, blind_encoder = examples.only(encoder, "context", "group")
+    for f in range(k):
+        train, held = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
+        network = fit_network(examples.take(train), encoder, seed=seed + f)
+        single = fit_tables(blind_examples.take(train), blind_encoder, crosses=False)
+        blind = fit_tables(blind_examples.take(train), blind_encoder) if schema.context else single
+        rankers: dict[Policy, tuple[CtrModel | Tables, Examples]] = {
+            Policy.BEST_SINGLE: (single, blind_examples),
+            Policy.BEST_PER_CONTEXT: (blind, blind_examples),
+            Policy.PERSONALISED: (network, examples),
+        }
+        out.network_logit[held] = network.logits(examples.features.take(held), examples.variant[held])
+        out.blind_logit[held] = blind.logits(blind_examples.features.take(held), examples.variant[held])
+        for policy in policies:
+            model, seen = rankers[policy]
+            pick = greedy(lambda r, v, m=model, s=seen: m.rank(s.features.take(r), v), support, held)
+            out.chosen[policy][held] = pick.chosen
+            out.q_chosen[policy][held] = expit(network.logits(examples.features.take(held), pick.chosen))
+        every = greedy(lambda r, v: expit(network.rank(examples.features.take(r), v)), support, held)
+        out.q_uniform[held] = every.q_uniform
+        out.blind.append(blind)
+        out.networks.append(network)
+        advance((f + 1) / k)
+    return out
+
+
+def _judge(
+    examples: Examples, encoder: Encoder, fold: Ints, fitted: _CrossFit, schema: LogSchema, *, seed: int
+) -> dict[str, object]:
+    """AUC, log loss and calibration error of the network on held-out units, and the AUC of simpler models on the same."""
+    k = int(fold.max()) + 1
+    judged = range(k if len(examples) <= ALL_FOLDS_JUDGED else 1)
+    p = expit(fitted.network_logit)
+    aucs: dict[str, list[float | None]] = {name: [] for name in ("network", "user_only", "variant_only", "main_effects", "lightgbm")}
+    for f in judged:
+        train, held = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
+        reward, weight = examples.reward[held], examples.weight[held]
+
+        def auc(score: Floats, reward: NDArray[np.float32] = reward, weight: Floats = weight) -> float | None:
+            return AucSums.of(score, reward, weight).value
+
+        def tables(*roles: Any, train: Ints = train, held: Ints = held, **options: bool) -> Floats:
+            narrow, narrow_encoder = examples.only(encoder, *roles)
+            model = fit_tables(narrow.take(train), narrow_encoder, crosses=False, **options)
+            return model.logits(narrow.features.take(held), examples.variant[held])
+
+        aucs["network"].append(auc(fitted.network_logit[held]))
+        aucs["user_only"].append(auc(tables("user", variants=False)) if schema.user else None)
+        aucs["variant_only"].append(auc(tables()))
+        aucs["main_effects"].append(auc(tables("user", "context", "group")))
+        trees = LightGbm.fit(examples.take(train), encoder, seed=seed)
+        aucs["lightgbm"].append(auc(trees.predict(examples.features.take(held), examples.variant[held])))
+    means = {name: None if None in found else float(np.mean(found)) for name, found in aucs.items()}  # type: ignore[arg-type]
+    return {
+        "auc": means.pop("network"),
+        "logloss": LogLossSums.of(p, examples.reward, examples.weight).value,
+        "ece": calibration(p, examples.reward, examples.weight).error,
+        "baseline_auc": means,
+    }
+
+
+# ── values ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Values:
+    rows: LoggedRows
+    weighting: Weighting
+    scores: dict[Policy, Scores]
+    estimates: dict[Policy, Estimate | None]
+    gains: dict[Policy, tuple[Policy, Estimate | None]]
+    others: dict[Policy, dict[str, Estimate | None]]  # IPS and SNIPS beside
+
+
+def _value(log: Log, examples: Examples, support: Support, fitted: _CrossFit, n_folds: int) -> _Values:
+    rows = LoggedRows(
+        log.reward.astype(np.float64), log.variant, support.propensity, log.count, log.weight, log.unit, support
+    )
+    weighting = choose_weighting(rows, examples.tags)
+    q_logged = np.asarray(expit(fitted.network_logit))
+    weights = {Policy.UNIFORM: uniform_weights(rows)}
+    weights |= {p: policy_weights(rows, chosen, weighting, examples.tags) for p, chosen in fitted.chosen.items()}
+    q = {Policy.UNIFORM: fitted.q_uniform, **fitted.q_chosen}
+    scores = {policy: dr_scores(w, q[policy], q_logged) for policy, w in weights.items()}
+    return _Values(
+        rows,
+        weighting,
+        scores,
+        {policy: estimate(s, n_folds) for policy, s in scores.items()},
+        gains_over_simpler(scores, n_folds),
+        {p: {"ips": estimate(ips_scores(w), n_folds), "snips": estimate(snips_scores(w), n_folds)} for p, w in weights.items()},
+    )
+
+
+def _permutation_p(
+    log: Log,
+    examples: Examples,
+    encoder: Encoder,
+    fold: Ints,
+    support: Support,
+    fitted: _CrossFit,
+    values: _Values,
+    *,
+    seed: int,
+    advance: Callable[[float], None],
+) -> float | None:
+    """Chance of the fast learner's gain if user features meant nothing: 99 permutations of whole rows of them."""
+    rng = np.random.default_rng(seed)
+    learned = _sample(examples.unit, PERMUTED_ROWS, rng)
+    users, user_encoder = examples.only(encoder, "user")
+    layout = Layout.of(user_encoder, examples.tags)
+    if not layout.n_crossed or not layout.crossed_tags.shape[1]:
+        return None
+    part = users.take(learned)
+    mean = _mean_tags(support, layout.crossed_tags)
+    learner = OneStep.of(
+        layout,
+        layout.crossed(part.features),
+        reward=part.reward,
+        weight=part.weight,
+        logit=fitted.blind_logit[learned],
+        contrast=layout.crossed_tags[part.variant] - mean[support.choice_set[learned]],
+        fold=fold[learned],
+        unit=part.unit,
+    )
+    wide = float(np.mean(support.n_eligible[learned]))
+    judged = np.sort(rng.permutation(len(learned))[: max(1_000, int(PERMUTED_PAIRS / wide))])
+    at = learned[judged]
+    blind = Policy.BEST_PER_CONTEXT if Policy.BEST_PER_CONTEXT in fitted.chosen else Policy.BEST_SINGLE
+    part_support = replace(
+        support, choice_set=support.choice_set[at], propensity=support.propensity[at], eligible=support.eligible[at]
+    )
+    full = values.rows
+    unit = None if full.unit is None else np.unique(full.unit[at], return_inverse=True)[1].astype(np.int64)
+    rows = LoggedRows(
+        full.reward[at], full.logged[at], full.propensity[at], full.count[at], full.weight[at], unit, part_support
+    )
+    context = examples.only(encoder, "context", "group")[0].features.take(at)
+    folds = fold[at]
+    size = rows.count * rows.weight
+    q_logged = expit(fitted.blind_logit[at])
+
+    def blind_rank(r: Ints, v: Ints) -> NDArray[np.float32]:
+        out = np.empty((len(r), len(v)), np.float32)
+        for f in np.unique(folds[r]):
+            mine = folds[r] == f
+            out[mine] = fitted.blind[f].rank(context.take(r[mine]), v)
+        return out
+
+    def value(chosen: Ints) -> float:
+        logits = np.empty(len(at))
+        for f, model in enumerate(fitted.blind):
+            mine = np.flatnonzero(folds == f)
+            logits[mine] = model.logits(context.take(mine), chosen[mine])
+        weights = policy_weights(rows, chosen, values.weighting, examples.tags)
+        return float((size * dr_scores(weights, expit(logits), q_logged).value).sum() / size.sum())
+
+    base = value(fitted.chosen[blind][at])
+
+    def gain(source: Ints | None) -> float:
+        taste = learner.preferences(source)[judged]
+        if not taste.any():
+            return 0.0
+        pick = greedy(lambda r, v: blind_rank(r, v) + taste[r] @ layout.crossed_tags[v].T, part_support)
+        return value(pick.chosen) - base
+
+    observed, permuted = gain(None), []
+    for i in range(PERMUTATIONS):
+        permuted.append(gain(permuted_rows(part.unit, rng)))
+        advance((i + 1) / PERMUTATIONS)
+    return permutation_p(observed, permuted)
+
+
+def _sample(unit: Ints, rows: int, rng: np.random.Generator) -> Ints:
+    """Rows of randomly drawn whole units, about `rows` of them at most."""
+    if len(unit) <= rows:
+        return np.arange(len(unit))
+    units, code = np.unique(unit, return_inverse=True)
+    drawn = rng.permutation(len(units))[: max(1, int(rows * len(units) / len(unit)))]
+    return np.flatnonzero(np.isin(code, drawn))
+
+
+def _mean_tags(support: Support, tags: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Per choice set, the mean tags of what the log shows there: (S, T)."""
+    out = np.zeros((len(support.indptr) - 1, tags.shape[1]), np.float32)
+    for s in range(len(out)):
+        inside = slice(support.indptr[s], support.indptr[s + 1])
+        out[s] = support.probability[inside] @ tags[support.variant[inside]] / support.probability[inside].sum()
+    return out
+
+
+# ── what is written ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _findings(mismatch: Srm | None, independence: Independence, *, has_claim: bool) -> Iterator[Check]:
+    """What the tests of the exposure say, as checks."""
+    if mismatch is not None and mismatch.flagged:
+        yield Check(
+            "sample_ratio_mismatch",
+            Level.ERROR,
+            f"Variants were not shown in their designed shares (p = {mismatch.p_value:.2g}): the randomisation or the logging is "
+            "broken, and every number below may be biased. Find the cause, or drop the affected rows, before acting on them.",
+        )
+    if independence.dependent:
+        yield Check(
+            "exposure_depends_on_user",
+            Level.WARNING if has_claim else Level.ERROR,
+            f"What was shown depended on the user (p = {independence.p_value:.2g}). "
+            + (
+                "The log's propensities account for it."
+                if has_claim
+                else "Without logged propensities no policy's value can be claimed: log P(variant) with each exposure, or show "
+                "variants at random to a share of the traffic."
+            ),
+        )
+
+
+def _numbers(found: Estimate | None) -> dict[str, float] | None:
+    if found is None:
+        return None
+    return {name: float(getattr(found, name)) for name in ("value", "se", "ci_low", "ci_high", "ess")}
+
+
+def _evidence(
+    log: Log,
+    schema: LogSchema,
+    support: Support,
+    fitted: _CrossFit,
+    examples: Examples,
+    values: _Values,
+    mismatch: Srm | None,
+    *,
+    simulated: bool,
+) -> Evidence:
+    curve = calibration(np.asarray(expit(fitted.network_logit)), examples.reward, examples.weight)
+    known = [e for e in values.estimates.values() if e is not None]
+    last = known[-1] if known else None
+    return Evidence(
+        log_name=log.path.name,
+        scene=schema.scene,
+        simulated=simulated,
+        calibration=list(zip(curve.predicted.tolist(), curve.observed.tolist(), curve.weight.tolist(), strict=True)),
+        other_estimators={
+            str(policy): {name: _numbers(found) for name, found in others.items()} for policy, others in values.others.items()
+        },
+        assumption=last.assumption if last else "the propensities are right",
+        method=last.method if last else f"dr, {values.weighting}",
+        support={
+            "mean_eligible": float(np.average(support.n_eligible, weights=log.count)),
+            "variants": float(log.n_variants),
+        }
+        | {f"matched_rows_{policy}": found.matched_rows for policy, found in values.estimates.items() if found},
+        propensities="estimated from context" if support.estimated else "known",
+        srm_groups=[(g.group, g.p_value, g.exposures) for g in mismatch.groups] if mismatch else [],
+        srm_arms=[(d.arm, d.share, d.designed) for d in mismatch.deviations] if mismatch else [],
+        user_columns=list(schema.user),
+        context_columns=list(schema.context),
+        variant_columns=list(schema.variant),
+    )
+
+
+def _write(out_dir: Path, summary: Mapping[str, object], report: str) -> None:
+    """Both files or neither: each is written beside its place and moved there."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for name, text in (
+            ("report.html", report),
+            ("summary.json", json.dumps(summary, indent=1, allow_nan=False, ensure_ascii=False) + "\n"),
+        ):
+            beside = out_dir / f".{name}.{os.getpid()}"
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(out_dir / name)
+    except OSError as error:
+        raise JobError(f"{out_dir}: the report cannot be written there: {error}") from error
+
+
+class _Clock:
+    """Announces stages to a `Progress` and keeps how long each took."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.seconds: dict[str, float] = {}
+        self.advance = progress.advance
+        self._progress = progress
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._progress.stage(stage)
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)

@@ -1,0 +1,913 @@
+"""The log contract: the schema of an impression log, reading it, and the checks that need nothing but the log.
+
+How the log chose what to show (SRM, propensities, independence of the user) is `exposure.py`; turning columns into
+model inputs is `encoding.py`. Files are read through DuckDB in one streaming pass; nothing here loops over rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import glob
+import gzip
+import io
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from kaleidoscope.errors import LogError, SchemaError
+from kaleidoscope.vocabulary import Level
+
+Codes = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+SAMPLED_UNITS = 100_000  # enough to say how rows of a unit differ
+FEW_UNITS = 30  # below this, folds and errors by unit mean little
+MISSING_TEXTS = frozenset({"NA", "N/A", "NaN", "nan", "NULL", "null", "None"})  # only in CSV columns of numbers
+NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+CODE_NUMBER = r"[+-]?0[0-9]+.*"  # 01234 is a code that happens to be written in digits
+
+
+# ------------------------------------------------------------------------------------------------ schema
+
+
+def _as_tuple(value: object) -> object:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else value
+
+
+Column = Annotated[str, Field(min_length=1)]
+Columns = Annotated[tuple[Column, ...], BeforeValidator(_as_tuple)]
+
+
+class LogSchema(BaseModel):
+    """Which column of the log plays which role; docs/log-contract.md explains every key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scene: Annotated[str, Field(min_length=1)] = "scene"
+    label: Column | None = None
+    clicks: Column | None = None
+    impressions: Column | None = None
+    unit: Columns = ()
+    group: Column | None = None
+    context: Columns = ()
+    user: Columns = ()
+    variant: Annotated[Columns, Field(min_length=1)]
+    variant_id: Column | None = None
+    propensity: Column | None = None
+    arms: Literal["uniform"] | dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    time: Column | None = None
+    bucket: Column | None = None
+    product: Column | None = None
+    weight: Column | None = None
+
+    @model_validator(mode="after")
+    def _roles_fit(self) -> LogSchema:
+        problems = []
+        if self.label is not None and (self.clicks is not None or self.impressions is not None):
+            problems.append("give either `label`, or `clicks` and `impressions`, not both")
+        elif self.label is None and (self.clicks is None or self.impressions is None):
+            problems.append("give `label` (a 0/1 column), or both `clicks` and `impressions` (aggregated rows)")
+        if isinstance(self.arms, dict) and sum(self.arms.values()) <= 0:
+            problems.append("`arms` must give at least one share above 0, or be `uniform` or null")
+        outcome = ("label", "clicks", "impressions", "propensity", "weight")
+        features = ("user", "context", "variant")
+        exclusive = [(a, b) for i, a in enumerate(features) for b in features[i + 1 :]]
+        exclusive += [(a, b) for a in (*outcome, "bucket") for b in features]
+        exclusive += [(a, b) for a in ("variant_id", "group") for b in ("user", "context")]
+        exclusive += [(a, b) for a in outcome for b in ("unit", "group", "variant_id")]
+        exclusive += [(a, b) for i, a in enumerate(outcome) for b in outcome[i + 1 :]]
+        for a, b in exclusive:
+            problems += [f"column {c!r} cannot be both `{a}` and `{b}`" for c in self.role(a) if c in self.role(b)]
+        for key in (*features, "unit"):
+            repeated = sorted({c for c in self.role(key) if self.role(key).count(c) > 1})
+            problems += [f"`{key}` names column {c!r} twice" for c in repeated]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def role(self, key: str) -> tuple[str, ...]:
+        """The columns under a key of the schema, as a tuple whatever the key's own shape."""
+        value = getattr(self, key)
+        return value if isinstance(value, tuple) else () if value is None else (value,)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column the schema names, each once."""
+        keys = [k for k in type(self).model_fields if k not in ("scene", "arms")]
+        return tuple(dict.fromkeys(c for k in keys for c in self.role(k)))
+
+
+class _SchemaLoader(yaml.SafeLoader):
+    """YAML whose scalars are text (a column may be called `no` or `2024`), except null."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML declares it
+        first: [resolver for resolver in resolvers if resolver[0] == "tag:yaml.org,2002:null"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def read_schema(path: Path | str) -> LogSchema:
+    """The log schema in a YAML file; raises SchemaError naming everything that is wrong with it."""
+    try:
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _SchemaLoader)
+    except FileNotFoundError:
+        raise SchemaError(f"{path}: there is no such file. Write the schema there (docs/log-contract.md).") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SchemaError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+    except yaml.YAMLError as error:
+        raise SchemaError(f"{path}: is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise SchemaError(f"{path}: a schema is a mapping of keys like `label:` and `variant:` (docs/log-contract.md).")
+    keys = list(LogSchema.model_fields)
+    problems = []
+    for key in [k for k in raw if k not in keys]:
+        nearest = difflib.get_close_matches(str(key).lower(), keys, n=1, cutoff=0.4)
+        hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
+        problems.append(f"unknown key `{key}`.{hint} Valid keys: {', '.join(keys)}.")
+        raw.pop(key)
+        if nearest:
+            raw.setdefault(nearest[0], "?")  # a misspelt key is one problem, not also a missing one
+    try:
+        schema = LogSchema.model_validate(raw)
+    except ValidationError as error:
+        for item in error.errors():
+            where = (
+                "`"
+                + ".".join(
+                    str(p) for p in item["loc"] if p not in ("literal['uniform']", "dict[str,constrained-float]")
+                )
+                + "`: "
+            )
+            message = item["msg"].removeprefix("Value error, ")
+            if not (problems and "'?'" in message):
+                problems.append((where if item["loc"] else "") + message + ".")
+    if problems:
+        raise SchemaError("\n".join(f"{path}: {p}" for p in problems))
+    return schema
+
+
+# ------------------------------------------------------------------------------------------------ the log
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding about a log: a stable code, how bad, and a sentence that names what to do."""
+
+    code: str
+    level: Level
+    message: str
+
+
+@dataclass(frozen=True)
+class Log:
+    """An impression log in memory: n rows of one exposure each, or of `count` identical ones.
+
+    Codes are dense, and given by value, not by the order of rows: a shuffled file gives the same codes.
+    """
+
+    path: Path
+    schema: LogSchema
+    columns: dict[str, pa.Array]  # user and context columns: dictionary-encoded text, int64 or float64; null = missing
+    reward: NDArray[np.float32]  # (n,) 0 or 1
+    count: Floats  # (n,) identical, independent exposures the row stands for; 1 in a plain log
+    weight: Floats  # (n,) the schema's row weight; 1 without one
+    variant: Codes  # (n,) row of `variants`
+    variants: pa.Table  # N rows: "variant_id" (string), and per tag dimension the sorted values (list<string>)
+    unit: Codes | None  # (n,) 0..U-1; None: every exposure is its own unit
+    group: Codes | None  # (n,) index into `groups`
+    groups: pa.Array | None
+    product: Codes | None  # (n,) index into `products`
+    products: pa.Array | None
+    propensity: Floats | None  # (n,) P(variant | everything known at the choice)
+    time: Floats | None  # (n,) seconds since 1970, or the column's own numbers; NaN = unknown
+    file_row: Codes  # (n,) the row of the file, from 0; an aggregated row gives up to two rows here
+    file_rows: int
+    checks: tuple[Check, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.reward)
+
+    @property
+    def n_exposures(self) -> int:
+        """Exposures, whatever the number of rows they are written on."""
+        return round(float(self.count.sum()))
+
+    @property
+    def n_units(self) -> int:
+        """Different units; without units every exposure is one."""
+        return self.n_exposures if self.unit is None else int(self.unit.max(initial=-1)) + 1
+
+    @property
+    def n_variants(self) -> int:
+        """Rows of `variants`, also those that `take` left without a row."""
+        return int(self.variants.num_rows)
+
+    @property
+    def positive_rate(self) -> float:
+        """Share of exposures with reward 1."""
+        return float((self.reward * self.count).sum() / self.count.sum())
+
+    @property
+    def aggregated(self) -> bool:
+        """Whether a row of the file stands for many exposures (`clicks` and `impressions`)."""
+        return self.schema.clicks is not None
+
+    def take(self, rows: NDArray[Any]) -> Log:
+        """The log of these rows (positions or a mask), in this order; units are numbered anew, variants are kept."""
+        rows = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows.astype(np.int64, copy=False)
+        index = pa.array(rows)
+
+        def pick(values: NDArray[Any] | None) -> NDArray[Any] | None:
+            return None if values is None else values[rows]
+
+        return replace(
+            self,
+            columns={name: column.take(index) for name, column in self.columns.items()},
+            reward=self.reward[rows],
+            count=self.count[rows],
+            weight=self.weight[rows],
+            variant=self.variant[rows],
+            unit=None if self.unit is None else densify(self.unit[rows]),
+            group=pick(self.group),
+            product=pick(self.product),
+            propensity=pick(self.propensity),
+            time=pick(self.time),
+            file_row=self.file_row[rows],
+        )
+
+    def folds(self, k: int, seed: int) -> tuple[Log, Codes]:
+        """A log and the fold 0..k-1 of each of its rows: all of a unit in one fold, folds of equal numbers of units.
+
+        Without units exposures are dealt out one by one: a row that stands for many is split among the folds, so the
+        returned log may have more rows than this one.
+        """
+        rng = np.random.default_rng([seed, k])
+        if self.unit is not None:
+            return self, (rng.permutation(self.n_units) % k)[self.unit]
+        single = self.count == 1
+        share = np.zeros((len(self), k), dtype=np.int64)
+        share[np.flatnonzero(single), rng.permutation(int(single.sum())) % k] = 1
+        share[~single] = rng.multinomial(self.count[~single].astype(np.int64), np.full(k, 1 / k))
+        row, fold = np.nonzero(share)
+        log = self if np.array_equal(row, np.arange(len(self))) else self.take(row)
+        return replace(log, count=share[row, fold].astype(np.float64)), fold
+
+    def cells(self, columns: Sequence[str], bins: int = 8) -> Codes:
+        """The combination of these columns each row is in, within its group, as codes 0..C-1. Numbers of more than
+        2·`bins` different values are cut at their quantiles into at most `bins` ranges; missing is a value."""
+        parts = [coarse_codes(self.columns[name], bins) for name in columns]
+        if self.group is not None:
+            parts.insert(0, self.group)
+        return combine(parts, len(self))
+
+
+def sums(codes: Codes, weights: Floats | None = None, size: int = 0) -> Floats:
+    """The sum of the weights (without them: the number) of each code, of at least `size` codes."""
+    return np.bincount(codes, weights, size).astype(np.float64, copy=False)
+
+
+def densify(codes: Codes) -> Codes:
+    """Codes renumbered 0..k-1 in the same order, without those that do not occur."""
+    present = np.bincount(codes) > 0
+    return (np.cumsum(present) - 1)[codes]
+
+
+def combine(parts: Sequence[Codes], n: int) -> Codes:
+    """Codes of the combinations of several codes that occur, ordered as the tuples of codes are."""
+    combined = np.zeros(n, dtype=np.int64)
+    for codes in parts:
+        _, combined = factorise(combined * (int(codes.max(initial=0)) + 1) + codes)
+    return combined
+
+
+def factorise(values: NDArray[Any]) -> tuple[NDArray[Any], Codes]:
+    """Sorted distinct values and each value's index among them (np.unique, by hashing: the rows are never sorted)."""
+    encoded = pa.array(values).dictionary_encode()
+    distinct = encoded.dictionary.to_numpy(zero_copy_only=False)
+    order = np.argsort(distinct, kind="stable")
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    return distinct[order], rank[encoded.indices.to_numpy()]
+
+
+def text_codes(column: pa.DictionaryArray) -> tuple[pa.Array, Codes]:
+    """Sorted distinct texts (null last, where there is one) and each row's index among them."""
+    indices = column.indices.fill_null(len(column.dictionary)).to_numpy()
+    used = np.flatnonzero(np.bincount(indices, minlength=len(column.dictionary) + 1))
+    texts = pa.concat_arrays([column.dictionary, pa.nulls(1, column.dictionary.type)]).take(pa.array(used))
+    order = pc.array_sort_indices(texts).to_numpy()
+    rank = np.zeros(len(column.dictionary) + 1, dtype=np.int64)
+    rank[used[order]] = np.arange(len(used))
+    return texts.take(pa.array(order)), rank[indices]
+
+
+def coarse_codes(column: pa.Array, bins: int) -> Codes:
+    """Codes of a column's values, missing being one; numbers of more than 2·`bins` values are cut at quantiles."""
+    if pa.types.is_dictionary(column.type):
+        return text_codes(column)[1]
+    values: Floats = column.to_numpy(zero_copy_only=False).astype(np.float64)
+    known = values[~np.isnan(values)]
+    edges = np.unique(known)
+    if len(edges) > 2 * bins:
+        edges = np.unique(np.quantile(known, np.arange(1, bins) / bins))
+    codes: Codes = np.searchsorted(edges, values, side="right").astype(np.int64)
+    codes[np.isnan(values)] = len(edges) + 1
+    return codes
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read_log(path: Path | str, schema: LogSchema) -> Log:
+    """The log in a Parquet file, a folder of Parquet files or a CSV (.csv, .csv.gz), checked against its schema.
+
+    Raises LogError with every problem found, one per line: file, column, number of rows, an example and the remedy.
+    """
+    path = Path(path)
+    with _open(path, schema) as database:
+        types = {str(name): str(kind) for name, kind, *_ in database.execute("DESCRIBE log").fetchall()}
+        missing = [name for name in schema.columns if name not in types]
+        if missing:
+            raise LogError("\n".join(_missing_column(path, name, schema, list(types)) for name in missing))
+        columns, row_hash = _load(database, schema, types)
+        problems = _Problems(path, database)
+        n = len(row_hash)
+        if n == 0:
+            raise LogError(f"{path}: has a header but no rows. Export the log again, with its exposures.")
+        log = _assemble(path, schema, columns, problems, n, typed=not _is_csv(path))
+        problems.raise_if_any()
+    return replace(log, checks=(*problems.notes, *_warnings(log, n - len(pc.unique(row_hash)))))
+
+
+def _is_csv(path: Path) -> bool:
+    return path.is_file() and path.name.lower().endswith((".csv", ".csv.gz"))
+
+
+def _name(column: str) -> str:
+    return '"' + column.replace('"', '""') + '"'
+
+
+def _text(value: object) -> str:
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+@contextmanager
+def _open(path: Path, schema: LogSchema) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A DuckDB connection with the file as view `log` that can reach nothing but the file. A CSV is first turned into
+    Parquet text columns (types are then read off all values, not off a sample)."""
+    if not path.exists():
+        raise LogError(f"{path}: there is no such file or folder.")
+    files = sorted(p for p in path.rglob("*.parquet") if p.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise LogError(f"{path}: the folder holds no .parquet file. Give a folder of Parquet files, or one file.")
+    if not _is_csv(path) and files[0].suffix.lower() not in (".parquet", ".pq"):
+        raise LogError(f"{path}: unknown kind of file. Give .parquet, .csv, .csv.gz or a folder of .parquet files.")
+    if sum(f.stat().st_size for f in files) == 0:
+        raise LogError(f"{path}: the file is empty (0 bytes). Export the log again.")
+    with tempfile.TemporaryDirectory(prefix="kaleidoscope-") as scratch:
+        database = duckdb.connect(
+            ":memory:",
+            config={
+                "memory_limit": "1GiB",
+                "temp_directory": f"{scratch}/spill",
+                "autoinstall_known_extensions": False,
+                "autoload_known_extensions": False,
+                "python_enable_replacements": False,
+            },
+        )
+        try:
+            paths = ", ".join(_text(glob.escape(str(f.absolute()))) for f in files)
+            allowed = ", ".join(_text(f) for f in {str(f.absolute().parent) for f in files} | {scratch})
+            database.execute(f"SET allowed_directories = [{allowed}]")
+            database.execute("SET enable_external_access = false")
+            database.execute("SET lock_configuration = true")
+            source = f"read_parquet([{paths}], union_by_name = true, hive_partitioning = {path.is_dir()})"
+            if _is_csv(path):
+                source = f"read_parquet({_text(scratch + '/log.parquet')})"
+                database.execute(
+                    f"COPY (SELECT * FROM read_csv({paths}, {_dialect(path, schema)}))"
+                    f" TO {_text(scratch + '/log.parquet')} (FORMAT parquet)"
+                )
+            database.execute(f"CREATE VIEW log AS SELECT * FROM {source}")
+            yield database
+        except duckdb.Error as error:
+            raise LogError(_unreadable(path, str(error))) from error
+        finally:
+            database.close()
+
+
+def _dialect(path: Path, schema: LogSchema) -> str:
+    """Options for read_csv from the header alone. DuckDB's own guess skips leading rows when one further down is odd,
+    so nothing is left to guess but the delimiter: the one that yields the schema's columns."""
+    try:
+        with (
+            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+            if path.suffix.lower() == ".gz"
+            else path.open(encoding="utf-8-sig", newline="") as file
+        ):
+            start = file.read(1 << 20)
+    except UnicodeDecodeError as error:
+        raise LogError(_unreadable(path, str(error))) from error
+    except (OSError, EOFError) as error:
+        raise LogError(f"{path}: cannot be read: {error}. Repair the file or export it again.") from error
+    headers = {d: next(csv.reader(io.StringIO(start, newline=""), delimiter=d), []) for d in ",;\t|"}
+    delimiter = max(headers, key=lambda d: (len(set(schema.columns) & set(headers[d])), len(headers[d])))
+    header = headers[delimiter]
+    if not any(header):
+        raise LogError(f"{path}: the file is empty: it has no header line. Export the log again, with column names.")
+    folded = [name.lower() for name in header]
+    twice = sorted({name for name in header if not name or folded.count(name.lower()) > 1})
+    if twice:
+        names = ", ".join(repr(name) for name in twice)
+        raise LogError(
+            f"{path}: line 1: column names are empty or given twice: {names}. Name every column differently."
+        )
+    columns = ", ".join(f"{_text(name)}: 'VARCHAR'" for name in header)
+    return (
+        f"auto_detect = false, header = true, delim = {_text(delimiter)}, quote = '\"', escape = '\"',"
+        f" columns = {{{columns}}}"
+    )
+
+
+def _unreadable(path: Path, reason: str) -> str:
+    line = re.search(r"Line: (\d+)", reason)
+    where = f"{path}, line {line[1]}" if line else str(path)
+    if re.search(r"utf-?8|unicode", reason, re.IGNORECASE):
+        return (
+            f"{where}: the text is not UTF-8. Convert the file, for example with"
+            f" `iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8.csv`, and give the new file."
+        )
+    return f"{where}: cannot be read: {reason.strip().splitlines()[0]} Repair the file or export it again."
+
+
+def _missing_column(path: Path, name: str, schema: LogSchema, present: list[str]) -> str:
+    keys = [key for key in LogSchema.model_fields if key not in ("scene", "arms") and name in schema.role(key)]
+    lower = {p.lower(): p for p in present}
+    nearest = [lower[p] for p in difflib.get_close_matches(name.lower(), list(lower), n=3, cutoff=0.5)]
+    shown = ", ".join(repr(p) for p in nearest or present[:20])
+    return (
+        f"{path}: column {name!r} (schema key `{'`, `'.join(keys)}`) is missing from all rows."
+        f" {'The nearest are' if nearest else 'The columns are'}: {shown}. Correct the schema or add the column."
+    )
+
+
+_INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")
+_NUMBERS = (*_INTEGERS, "UBIGINT", "HUGEINT", "UHUGEINT", "FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN")
+
+
+def _load(
+    database: duckdb.DuckDBPyConnection, schema: LogSchema, types: Mapping[str, str]
+) -> tuple[dict[tuple[str, str], pa.Array], pa.Array]:
+    """Each (role, column) as one compact array, and a 64-bit hash of each row of the file: one pass over the file."""
+    select: dict[tuple[str, str], str] = {}
+    for role in ("label", "clicks", "impressions", "propensity", "weight", "time"):
+        for name in schema.role(role):
+            select[role, name] = _number_sql(name, types[name], time=role == "time")
+    for role in ("user", "context"):
+        for name in schema.role(role):
+            select[role, name] = _feature_sql(name, types[name])
+    for name in schema.variant:
+        if types[name].endswith("]"):
+            select["variant", name] = f"CAST(to_json(CAST({_name(name)} AS VARCHAR[])) AS VARCHAR)"
+        else:
+            select["variant", name] = f"nullif(CAST({_name(name)} AS VARCHAR), '')"
+    for role in ("variant_id", "group", "product"):
+        for name in schema.role(role):
+            select[role, name] = f"nullif(CAST({_name(name)} AS VARCHAR), '')"
+    if schema.unit:  # as text, so that Parquet and CSV agree; 64 bits do not collide before billions of units
+        texts = ", ".join(f"nullif(CAST({_name(name)} AS VARCHAR), '')" for name in schema.unit)
+        known = f"{texts} IS NOT NULL" if len(schema.unit) == 1 else "true"
+        select["unit", schema.unit[0]] = f"CASE WHEN {known} THEN hash({texts}) END"
+    select["", "row"] = f"hash({', '.join(_name(name) for name in types)})"
+    query = "SELECT " + ", ".join(f"{sql} AS c{i}" for i, sql in enumerate(select.values())) + " FROM log"
+    reader = database.sql(query).to_arrow_reader(1 << 20)
+    chunks: list[list[pa.Array]] = [[] for _ in select]
+    for batch in reader:
+        for into, column in zip(chunks, batch.columns, strict=True):
+            into.append(column.dictionary_encode() if pa.types.is_string(column.type) else column)
+    arrays = {}
+    for key, kind, parts in zip(select, reader.schema.types, chunks, strict=True):
+        column = pa.chunked_array(parts or [pa.array([], kind)])
+        if pa.types.is_dictionary(column.type):
+            column = column.unify_dictionaries()
+        arrays[key] = column.combine_chunks()
+        parts.clear()
+    return arrays, arrays.pop(("", "row"))
+
+
+def _number_sql(name: str, kind: str, *, time: bool) -> str:
+    """A DOUBLE: NULL where the value is missing, NaN where it is not a number."""
+    column = _name(name)
+    if kind.split("(")[0] in _NUMBERS:
+        return f"CAST({column} AS DOUBLE)"
+    if time and kind.startswith(("TIMESTAMP", "DATE")):
+        return f"epoch(CAST({column} AS TIMESTAMP))"
+    text = f"nullif(trim(CAST({column} AS VARCHAR)), '')"
+    number = f"CASE lower({text}) WHEN 'true' THEN 1 WHEN 'false' THEN 0 ELSE TRY_CAST({text} AS DOUBLE) END"
+    if time:
+        number = f"coalesce(TRY_CAST({text} AS DOUBLE), epoch(TRY_CAST({text} AS TIMESTAMP)))"
+    return f"CASE WHEN {text} IS NOT NULL THEN coalesce({number}, 'nan'::DOUBLE) END"
+
+
+def _feature_sql(name: str, kind: str) -> str:
+    base = kind.split("(")[0]
+    if base in _INTEGERS:
+        return f"CAST({_name(name)} AS BIGINT)"
+    if base in _NUMBERS and base != "BOOLEAN":
+        return f"CASE WHEN NOT isnan(CAST({_name(name)} AS DOUBLE)) THEN CAST({_name(name)} AS DOUBLE) END"
+    return f"nullif(CAST({_name(name)} AS VARCHAR), '')"
+
+
+class _Problems:
+    """Collects what is wrong with a log so that one error tells all of it; and notes of what was put right."""
+
+    def __init__(self, path: Path, database: duckdb.DuckDBPyConnection) -> None:
+        self.path = path
+        self.database = database
+        self.found: list[str] = []
+        self.notes: list[Check] = []
+
+    def rows(self, bad: NDArray[np.bool_], column: str, what: str, remedy: str) -> bool:
+        """Reports the rows that are bad, with the first as the example; returns whether there were any."""
+        total = int(bad.sum())
+        if total:
+            row = int(np.argmax(bad))
+            fetched = self.database.execute(f"SELECT {_name(column)} FROM log LIMIT 1 OFFSET {row}").fetchone()
+            example = "missing" if fetched is None or fetched[0] is None else repr(fetched[0])
+            rows = f"{total:,} row{'s' if total > 1 else ''}, first data row {row + 1:,} ({example})"
+            self.found.append(f"{self.path}: column {column!r}: {what} in {rows}. {remedy}")
+        return total > 0
+
+    def whole(self, column: str, what: str, remedy: str) -> None:
+        """Reports a problem of the column as a whole."""
+        self.found.append(f"{self.path}: column {column!r}: {what}. {remedy}")
+
+    def raise_if_any(self) -> None:
+        """Raises one LogError with all problems, one per line."""
+        if self.found:
+            raise LogError("\n".join(self.found))
+
+
+def _assemble(
+    path: Path,
+    schema: LogSchema,
+    columns: Mapping[tuple[str, str], pa.Array],
+    problems: _Problems,
+    n: int,
+    *,
+    typed: bool,
+) -> Log:
+    numbers = {
+        role: column.to_numpy(zero_copy_only=False) for (role, _), column in columns.items() if role in _NUMBER_ROLES
+    }
+    row, reward, count = _outcome(schema, numbers, problems, n)
+    weight = numbers.get("weight", np.ones(n))
+    if schema.weight is not None:
+        bad = ~((weight >= 0) & np.isfinite(weight))
+        problems.rows(bad, schema.weight, "weight is negative or not a number", "Give weights ≥ 0, or drop these rows.")
+    propensity = numbers.get("propensity")
+    if schema.propensity is not None and propensity is not None:
+        remedy = "Log P(variant | what was known) with every exposure, or set `propensity: null` to have it estimated."
+        problems.rows(~((propensity > 0) & (propensity <= 1)), schema.propensity, "propensity outside (0, 1]", remedy)
+    time = numbers.get("time")
+    if schema.time is not None and time is not None and np.isnan(time).any():
+        message = f"column {schema.time!r}: {int(np.isnan(time).sum()):,} rows have no time that can be read."
+        problems.notes.append(Check("time_unreadable", Level.WARNING, message))
+    variant, variants = _variants(schema, columns, problems)
+    unit = _units(schema, columns, problems)
+    named: dict[str, tuple[pa.Array | None, Codes | None]] = {"group": (None, None), "product": (None, None)}
+    for role in named:
+        for name in schema.role(role):
+            names, codes = text_codes(columns[role, name])
+            named[role] = names, codes
+            if role == "group" and names.null_count:
+                remedy = "Rows compete within a group: name one, or drop these rows."
+                problems.rows(codes == len(names) - 1, name, "no group", remedy)
+    features = {name: columns[role, name] for role in ("user", "context") for name in schema.role(role)}
+    if not typed:
+        features = {name: _typed(column) for name, column in features.items()}
+    group = named["group"][1]
+    _comparable(schema, variant, variants, group, problems)
+    log = Log(
+        path=path,
+        schema=schema,
+        columns=features,
+        reward=np.zeros(n, np.float32),
+        count=np.ones(n),
+        weight=weight,
+        variant=variant,
+        variants=variants,
+        unit=unit,
+        group=group,
+        groups=named["group"][0],
+        product=named["product"][1],
+        products=named["product"][0],
+        propensity=propensity,
+        time=time,
+        file_row=np.arange(n),
+        file_rows=n,
+    )
+    return replace(log if schema.label is not None else log.take(row), reward=reward, count=count)
+
+
+_NUMBER_ROLES = ("label", "clicks", "impressions", "propensity", "weight", "time")
+
+
+def _outcome(
+    schema: LogSchema, numbers: Mapping[str, Floats], problems: _Problems, n: int
+) -> tuple[Codes, NDArray[np.float32], Floats]:
+    """Rows of the file, rewards and counts; an aggregated row becomes one row of clicks and one of non-clicks."""
+    row = np.arange(n)
+    if schema.label is not None:
+        label = numbers["label"]
+        bad = ~((label == 0) | (label == 1))
+        reward, count = label.astype(np.float32), np.ones(n)
+        column, any_bad = (
+            schema.label,
+            problems.rows(bad, schema.label, "label is not 0 or 1", "Write 0 or 1, or drop these rows."),
+        )
+    else:
+        clicks, impressions = numbers["clicks"], numbers["impressions"]
+        column = str(schema.clicks)
+        any_bad = False
+        for role, values in (("clicks", clicks), ("impressions", impressions)):
+            bad = ~((values >= 0) & (values == np.floor(values)) & np.isfinite(values))
+            remedy = "Give whole numbers ≥ 0, or drop these rows."
+            any_bad |= problems.rows(bad, schema.role(role)[0], f"{role} is not a whole number ≥ 0", remedy)
+        remedy = "Clicks are counted among the impressions: correct or drop these rows, or swap the two keys."
+        any_bad |= problems.rows(clicks > impressions, column, f"more clicks than {schema.impressions!r}", remedy)
+        if not any_bad:
+            both = np.stack([clicks, impressions - clicks], axis=1)
+            row, kind = np.nonzero(both)
+            reward, count = (kind == 0).astype(np.float32), both[row, kind]
+            if not len(row):
+                problems.whole(str(schema.impressions), f"no impressions in all {n:,} rows", "Export the log again.")
+                any_bad = True
+        else:
+            reward, count = np.zeros(n, np.float32), np.ones(n)
+    if not any_bad and (reward == reward[0]).all():
+        what = f"the label is {int(reward[0])} in all {n:,} rows"
+        problems.whole(column, what, "Nothing can be learned from it: check the export, or name another label.")
+    return row, reward, count
+
+
+def _tag_values(text: str | None, *, is_list: bool) -> tuple[str, ...]:
+    """The values in a tag cell, each once, sorted: the order in which tags are listed means nothing."""
+    if text is None:
+        return ()
+    parts = [v for v in json.loads(text) if v is not None] if is_list else text.split("|")
+    return tuple(sorted({stripped for v in parts if (stripped := v.strip())}))
+
+
+def _variants(
+    schema: LogSchema, columns: Mapping[tuple[str, str], pa.Array], problems: _Problems
+) -> tuple[Codes, pa.Table]:
+    """Each row's variant and the table of variants, in the order of their ids."""
+    values: dict[str, list[tuple[str, ...]]] = {}
+    tags: dict[str, Codes] = {}
+    for name in schema.variant:
+        column = columns["variant", name]
+        is_list = problems.database.sql(f"SELECT {_name(name)} FROM log LIMIT 0").types[0].id == "list"
+        texts, codes = text_codes(column)
+        cells = [_tag_values(t, is_list=is_list) for t in texts.to_pylist()]
+        values[name] = sorted(set(cells))
+        index = {cell: i for i, cell in enumerate(values[name])}
+        tags[name] = np.array([index[cell] for cell in cells], dtype=np.int64)[codes]
+    n = len(next(iter(tags.values())))
+    variant = combination = combine(list(tags.values()), n)
+    first = first_rows(variant)
+    ids = [
+        " / ".join("|".join(values[name][codes[row]]) for name, codes in tags.items()) for row in first.tolist()
+    ]  # readable, and the key of a mapping in `arms`
+    if len(set(ids)) < len(ids):
+        ids = [json.dumps([values[name][codes[row]] for name, codes in tags.items()]) for row in first.tolist()]
+    if schema.variant_id is not None:
+        names, variant = text_codes(columns["variant_id", schema.variant_id])
+        if names.null_count:
+            remedy = "Name the variant in every row, drop these rows, or leave `variant_id` out."
+            problems.rows(variant == len(names) - 1, schema.variant_id, "no variant", remedy)
+        first, ids = first_rows(variant), names.to_pylist()
+        changed = variant[combination[first][variant] != combination]
+        if len(changed):
+            several = sorted({str(ids[v]) for v in np.unique(changed)})
+            what = f"{len(several):,} variants carry more than one combination of tags, in {len(changed):,} rows"
+            remedy = "A variant's tags must not change: correct them, or leave `variant_id` out."
+            shown = ", ".join(repr(v) for v in several[:5])
+            problems.whole(schema.variant_id, f"{what} (first: {shown})", remedy)
+    order = np.array(sorted(range(len(ids)), key=lambda i: str(ids[i])), dtype=np.int64)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    kept = first[order].tolist()
+    data = {
+        name: pa.array([values[name][codes[r]] for r in kept], pa.list_(pa.string())) for name, codes in tags.items()
+    }
+    table = pa.table({**data, "variant_id": pa.array([ids[i] for i in order.tolist()], pa.string())})
+    return rank[variant], table
+
+
+def first_rows(codes: Codes) -> Codes:
+    """The first row of each code."""
+    first = np.empty(int(codes.max(initial=-1)) + 1, dtype=np.int64)
+    first[codes[::-1]] = np.arange(len(codes))[::-1]
+    return first
+
+
+def _comparable(
+    schema: LogSchema, variant: Codes, variants: pa.Table, group: Codes | None, problems: _Problems
+) -> None:
+    column = schema.variant_id or schema.variant[0]
+    remedy = "At least two must have been shown to compare: check the export and the key `variant`."
+    if variants.num_rows < 2:
+        problems.whole(column, f"a single variant in all {len(variant):,} rows", remedy)
+    elif group is not None:
+        pairs = np.unique(group * variants.num_rows + variant)
+        alone = np.bincount(pairs // variants.num_rows) < 2
+        rows = int(alone[group].sum())
+        if alone.all():
+            problems.whole(column, f"a single variant in each of the {len(alone):,} groups, all {rows:,} rows", remedy)
+        elif rows:
+            message = f"{int(alone.sum()):,} groups ({rows:,} rows) show a single variant: they compare nothing."
+            problems.notes.append(Check("single_variant_groups", Level.WARNING, message))
+
+
+def _units(schema: LogSchema, columns: Mapping[tuple[str, str], pa.Array], problems: _Problems) -> Codes | None:
+    """Codes by the hash of the unit. A row whose only unit column is empty becomes a unit of its own: pooling all
+    strangers into one unit would be one huge cluster, and they are not one person."""
+    if not schema.unit:
+        return None
+    hashes = columns["unit", schema.unit[0]]
+    unknown = hashes.is_null().to_numpy(zero_copy_only=False)
+    distinct, codes = factorise(hashes.fill_null(0).to_numpy())
+    if unknown.any():
+        codes = codes.copy()
+        codes[unknown] = len(distinct) + np.arange(int(unknown.sum()))
+        codes = densify(codes)
+        message = (
+            f"column {schema.unit[0]!r}: {int(unknown.sum()):,} rows name no unit; each is taken as a unit of its own."
+            " If they are the same people again, errors are too small: drop these rows or log an id."
+        )
+        problems.notes.append(Check("unit_missing", Level.WARNING, message))
+    return codes
+
+
+def _typed(column: pa.Array) -> pa.Array:
+    """A CSV column of text as numbers, if all of its values are numbers and none is written as a code (007)."""
+    if not pa.types.is_dictionary(column.type) or not len(column.dictionary):
+        return column
+    texts = pc.utf8_trim_whitespace(column.dictionary)
+    texts = pc.if_else(pc.is_in(texts, pa.array(sorted(MISSING_TEXTS))), None, texts)
+    number = pc.match_substring_regex(texts, f"^{NUMBER}$")
+    code = pc.match_substring_regex(texts, f"^{CODE_NUMBER}$")
+    if texts.null_count == len(texts) or not pc.all(number).as_py() or pc.any(code).as_py():
+        return column
+    whole = pc.all(pc.match_substring_regex(texts, "^[+-]?[0-9]{1,18}$")).as_py()
+    return pc.cast(pc.replace_substring_regex(texts, r"^\+", ""), pa.int64() if whole else pa.float64()).take(
+        column.indices
+    )
+
+
+# ------------------------------------------------------------------------------------------------ warnings
+
+
+def _warnings(log: Log, duplicates: int) -> list[Check]:
+    checks = []
+
+    def warn(code: str, message: str, level: Level = Level.WARNING) -> None:
+        checks.append(Check(code, level, message))
+
+    if duplicates:
+        warn(
+            "duplicated_rows",
+            f"{duplicates:,} of {log.file_rows:,} rows repeat an earlier row in every column of the file. If exposures"
+            " were logged twice, drop the repeats; if different users look alike, all is well.",
+        )
+    schema = log.schema
+    if log.unit is not None:
+        exposures = np.bincount(log.unit, log.count)
+        once = float((exposures <= 1).mean())
+        if once > 0.95:
+            warn(
+                "units_seen_once",
+                f"{once:.1%} of {log.n_units:,} units have one exposure: per-user measures are not available. If users"
+                " come back, `unit` should be the user's id, not the exposure's.",
+            )
+        if log.n_units < FEW_UNITS:
+            warn(
+                "few_units", f"only {log.n_units} units: folds and intervals by unit are unreliable below {FEW_UNITS}."
+            )
+    for name, column in log.columns.items():
+        role = "user" if name in schema.user else "context"
+        distinct = int(pc.count_distinct(column.indices if pa.types.is_dictionary(column.type) else column).as_py())
+        empty = column.null_count / len(log)
+        if distinct < 2 and empty in (0, 1):
+            warn("constant_column", f"{role} column {name!r} never varies: it can be left out.")
+        if empty > 0.5:
+            warn("mostly_missing", f"{role} column {name!r} is empty in {empty:.1%} of the rows.")
+        text = pa.types.is_dictionary(column.type)
+        if (
+            role == "user"
+            and not pa.types.is_floating(column.type)
+            and distinct > (0.5 if text else 0.95) * min(log.n_units, len(log))
+            and distinct > 100
+        ):
+            warn(
+                "id_like_column",
+                f"user column {name!r} has {distinct:,} values for {log.n_units:,} units: it looks like an id, which"
+                " says nothing about a new user. Leave it out of `user`.",
+            )
+    for name in schema.variant:
+        if len(set(map(tuple, log.variants[name].to_pylist()))) < 2:
+            warn("constant_column", f"tag column {name!r} never varies: nothing can be learned about it.")
+    checks += _varying(log)
+    checks += _propensity_mean(log)
+    if isinstance(schema.arms, dict):
+        ids = set(log.variants["variant_id"].to_pylist())
+        values = [{"|".join(v) for v in log.variants[name].to_pylist()} for name in schema.variant]
+        shown = next((s for s in (ids, *values) if s <= set(schema.arms)), None)
+        if shown is None:
+            example = ", ".join(repr(v) for v in sorted(ids - set(schema.arms))[:3])
+            warn(
+                "arms_unmatched",
+                "`arms` gives no share for every variant that was shown, so the SRM check is left out. Key it by"
+                f" variant ({example}, …) or by all the values of one tag dimension.",
+            )
+    return checks
+
+
+def _varying(log: Log) -> list[Check]:
+    """Which user columns change within a unit."""
+    if log.unit is None or not log.schema.user:
+        return []
+    among = min(log.n_units, SAMPLED_UNITS)  # codes are hashes: the first ones are a random sample
+    rows = np.flatnonzero(log.unit < among)
+    rows = rows[np.argsort(log.unit[rows], kind="stable")]
+    unit = log.unit[rows]
+    same = unit[1:] == unit[:-1]
+    checks = []
+    for name in log.schema.user:
+        column = log.columns[name]
+        column = column.indices if pa.types.is_dictionary(column.type) else column
+        values = column.take(pa.array(rows)).fill_null(-1).to_numpy()
+        units = len(np.unique(unit[1:][same & (values[1:] != values[:-1])]))
+        if units:
+            sample = " looked at" if among < log.n_units else ""
+            message = f"user column {name!r} changes within {units:,} of {among:,} units{sample}."
+            checks.append(Check("varies_within_unit", Level.INFO, message))
+    return checks
+
+
+def _propensity_mean(log: Log) -> list[Check]:
+    """mean(1/propensity) against the number of eligible variants, 3 standard errors by unit.
+
+    E[1/propensity] is the number of variants that could be shown, averaged over rows: of those seen in the row's group
+    and context, plus those that chance kept from being seen there (Chao 1984, doi:10.2307/4615964, at most doubled).
+    """
+    if log.propensity is None:
+        return []
+    inverse = log.count / log.propensity
+    total = log.count.sum()
+    mean = float(inverse.sum() / total)
+    residual = (inverse - mean * log.count) / total
+    if log.unit is not None:
+        se = float(np.sqrt((np.bincount(log.unit, residual) ** 2).sum()))
+    else:
+        se = float(np.sqrt((log.count * (1 / log.propensity - mean) ** 2).sum()) / total)
+    cells = log.cells(log.schema.context)
+    scene = combine([log.group], len(log)) if log.group is not None else np.zeros(len(log), np.int64)
+    low, unseen_low = _variants_seen(cells, log)
+    high, unseen_high = _variants_seen(scene, log)
+    margin = 3 * se + 0.01 * high  # logged propensities are rounded
+    if min(low, high) - margin <= mean <= max(low + unseen_low, high + unseen_high) + margin:
+        return []
+    message = (
+        f"column {log.schema.propensity!r}: mean(1/propensity) is {mean:.4g} (se {se:.2g}), but {high:.4g} variants"
+        " could be shown. A propensity is the probability of the variant that was shown, given all the choice knew."
+    )
+    return [Check("propensity_mean", Level.WARNING, message)]
+
+
+def _variants_seen(cells: Codes, log: Log) -> tuple[float, float]:
+    """Different variants seen in a row's cell, and an upper guess of those unseen, averaged over exposures."""
+    pairs, codes = factorise(cells * log.n_variants + log.variant)
+    shown = np.bincount(codes, log.count)
+    cell = pairs // log.n_variants
+    once, twice = np.bincount(cell, shown == 1), np.bincount(cell, shown == 2)
+    unseen = 2 * once * np.maximum(once - 1, 0) / (2 * (twice + 1))
+    share = np.bincount(cells, log.count) / log.count.sum()
+    return float(share @ np.bincount(cell)), float(share @ unseen)

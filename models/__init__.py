@@ -1,0 +1,1 @@
+"""The CTR network and the models it is measured against."""

@@ -1,0 +1,184 @@
+"""Fitting the CTR network: the tables first, then the deep part on top, kept only as far as held-out units ask for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from scipy.special import expit
+from torch import Tensor
+from torch.nn import functional
+
+from kaleidoscope.encoding import Encoder, Features
+from kaleidoscope.progress import Progress, Silent
+from models.batch import Examples, chunks
+from models.networks import DeepConfig, DeepPart
+from models.tables import Layout, Tables, fit_tables
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the network is trained. The defaults hold from ten thousand rows to many millions."""
+
+    held_out: float = 0.15  # share of the units that decide when to stop and how much of the deep part to keep
+    heads: int = 4
+    width: int = 32
+    rank: int = 16
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    batch_rows: int = 8_192  # at most; small logs take smaller ones
+    batches: int = 100  # at least so many in an epoch
+    epochs: int = 20  # at most
+    patience: int = 2  # epochs without a better held-out loss
+
+
+@dataclass(frozen=True)
+class CtrModel:
+    """A fitted network: logit = tables + gate × deep part."""
+
+    tables: Tables
+    deep: DeepPart
+    gate: float  # 0: the deep part did not help on held-out units and is left out
+
+    @classmethod
+    def fit(cls, examples: Examples, encoder: Encoder, *, seed: int = 0) -> CtrModel:
+        """`fit_network` as the contract of models has it (baselines.Model)."""
+        return fit_network(examples, encoder, seed=seed)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder the network was trained with."""
+        return self.tables.layout.encoder
+
+    def predict(self, features: Features, variant: Ints) -> Floats:
+        """Click probability of one variant per row: (n,)."""
+        return np.asarray(expit(self.logits(features, variant)))
+
+    def logits(self, features: Features, variant: Ints) -> Floats:
+        """Click logit of one variant per row: (n,)."""
+        out = self.tables.logits(features, variant)
+        if self.gate:
+            out += self.gate * deep_logits(self.deep, self.tables.layout, features, variant)
+        return out
+
+    def rank(self, features: Features, variants: Ints | None = None) -> NDArray[np.float32]:
+        """Click logits of every variant (or of these) for every user: (n, N)."""
+        scores = self.tables.rank(features, variants)
+        if self.gate:
+            tags = self.tables.layout.crossed_tags
+            with torch.no_grad():
+                shown = self.deep.variant_side(torch.from_numpy(tags if variants is None else tags[variants]))
+                users = self.deep.user_side(*_columns(self.tables.layout, features))
+                scores += self.gate * self.deep.score(users, shown).numpy()
+        return scores
+
+    def for_variants(self, tags: csr_array, known: Ints) -> CtrModel:
+        """The same network for another set of variants; see `Tables.for_variants`."""
+        return CtrModel(self.tables.for_variants(tags, known), self.deep, self.gate)
+
+
+def fit_network(
+    examples: Examples,
+    encoder: Encoder,
+    *,
+    config: TrainConfig | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> CtrModel:
+    """Fit the whole network; the same examples and seed give the same network."""
+    config, progress = config or TrainConfig(), progress or Silent()
+    train, held = examples.split(config.held_out, seed)
+    tables = fit_tables(train, encoder)
+    deep, gate = fit_deep(train, held, tables, config=config, seed=seed, progress=progress)
+    return CtrModel(fit_tables(examples, encoder, start=tables), deep, gate)
+
+
+def fit_deep(
+    train: Examples, held: Examples, tables: Tables, *, config: TrainConfig, seed: int, progress: Progress
+) -> tuple[DeepPart, float]:
+    """Train the deep part on what the tables leave over.
+
+    Adam with decoupled weight decay on minibatches; after each epoch the gate is set to what held-out units like best.
+    Returns the best epoch's weights and gate; the gate is 0 unless the held-out gain exceeds its standard error.
+    """
+    layout, generator = tables.layout, torch.Generator().manual_seed(seed)
+    deep = DeepPart(
+        DeepConfig(layout.n_crossed, layout.crossed_tags.shape[1], config.heads, config.width, config.rank)
+    )
+    deep.initialise(generator)
+    if not layout.n_crossed or not len(held) or layout.crossed_tags.shape[1] == 0:
+        return deep, 0.0
+    tags = torch.from_numpy(layout.crossed_tags)
+    offset = torch.from_numpy(tables.logits(train.features, train.variant).astype(np.float32))
+    reward, weight = torch.from_numpy(train.reward), torch.from_numpy(train.weight.astype(np.float32))
+    variant = torch.from_numpy(train.variant)
+    mean_weight = float(weight.mean())
+    batch_rows = int(np.clip(len(train) // config.batches, 64, config.batch_rows))
+    optimiser = torch.optim.AdamW(deep.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    base = tables.logits(held.features, held.variant)
+    best_gain, best_gate, best_state, waited = 0.0, 0.0, deep.state_dict(), 0
+    for epoch in range(config.epochs):
+        order = torch.randperm(len(train), generator=generator)
+        for start in range(0, len(train), batch_rows):
+            rows = order[start : start + batch_rows]
+            users = deep.user_side(*_columns(layout, train.features.take(rows.numpy())))
+            shown = deep.variant_side(tags[variant[rows]])
+            logits = offset[rows] + deep.pairs(users, shown)  # (M, B)
+            loss = functional.binary_cross_entropy_with_logits(
+                logits, reward[rows].expand_as(logits), weight=(weight[rows] / mean_weight).expand_as(logits)
+            )
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            progress.advance((epoch + min(start + batch_rows, len(train)) / len(train)) / config.epochs)
+        gain, gate = _best_gate(held, base, deep_logits(deep, layout, held.features, held.variant))
+        if gain > best_gain:
+            best_gain, best_gate, waited = gain, gate, 0
+            best_state = {name: value.clone() for name, value in deep.state_dict().items()}
+        elif (waited := waited + 1) >= config.patience:
+            break
+    deep.load_state_dict(best_state)
+    return deep, best_gate
+
+
+GATES = (0.25, 0.5, 0.75, 1.0)
+
+
+def _best_gate(held: Examples, base: Floats, deep: Floats) -> tuple[float, float]:
+    """The held-out log-loss gain (nats, beyond its standard error by unit) of the best gate, and that gate."""
+    best = (0.0, 0.0)
+    for gate in GATES:
+        gain = held.weight * (_log_loss(base, held.reward) - _log_loss(base + gate * deep, held.reward))
+        per_unit = np.bincount(held.unit, gain)
+        excess = float(per_unit.sum() - np.sqrt((per_unit**2).sum()))
+        best = max(best, (excess, gate))
+    return best
+
+
+def _log_loss(logits: Floats, reward: NDArray[np.float32]) -> Floats:
+    return np.asarray(np.logaddexp(0.0, logits) - reward * logits)
+
+
+def deep_logits(deep: DeepPart, layout: Layout, features: Features, variant: Ints) -> Floats:
+    """The deep part's logit of one variant per row, averaged over heads: (n,)."""
+    out = np.empty(len(features))
+    with torch.no_grad():
+        every = deep.variant_side(torch.from_numpy(layout.crossed_tags))
+        for rows in chunks(len(features)):
+            users = deep.user_side(*_columns(layout, features.take(rows)))
+            chosen = type(every)(every.additive[:, variant[rows]], every.factor[:, variant[rows]])
+            out[rows] = deep.pairs(users, chosen).mean(dim=0).numpy()
+    return out
+
+
+def _columns(layout: Layout, features: Features) -> tuple[Tensor, Tensor]:
+    """Crossed side columns that are set for each user, and their values: (n, F + V) each."""
+    design = layout.crossed(features)
+    shape = (len(features), -1)
+    return torch.from_numpy(design.indices.reshape(shape)), torch.from_numpy(design.data.reshape(shape))

@@ -1,0 +1,564 @@
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kaleidoscope.errors import LogError, SchemaError
+from kaleidoscope.log import Log, LogSchema, read_log, read_schema
+from kaleidoscope.vocabulary import Level
+
+
+def a_frame(n: int = 400, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    return pd.DataFrame(
+        {
+            "who": [f"user {i}" for i in rng.integers(0, n // 4, n)],
+            "age": rng.integers(18, 80, n),
+            "city": rng.choice(["Rome", "Köln", "a,b", 'say "hi"'], n),
+            "page": rng.choice(["home", "cart"], n),
+            "image": rng.choice(["cat", "dog|cat", "dog"], n),
+            "colour": rng.choice(["red", "blue"], n),
+            "p": np.full(n, 1 / 6),
+            "y": rng.integers(0, 2, n),
+        }
+    )
+
+
+SCHEMA = LogSchema(
+    label="y", unit="who", context=("page",), user=("age", "city"), variant=("image", "colour"), propensity="p"
+)
+
+
+def saved(frame: pd.DataFrame, path: Path) -> Path:
+    if path.suffix == ".parquet":
+        frame.to_parquet(path, index=False)
+    else:
+        frame.to_csv(path, index=False)
+    return path
+
+
+def codes(log: Log) -> list[str]:
+    return [check.code for check in log.checks]
+
+
+def content(log: Log) -> dict[str, list[Any]]:
+    ids = np.array(log.variants["variant_id"].to_pylist())
+    table = {name: column.to_pylist() for name, column in log.columns.items()}
+    table |= {"reward": log.reward.tolist(), "count": log.count.tolist(), "variant": ids[log.variant].tolist()}
+    return table | {"unit": [] if log.unit is None else log.unit.tolist()}
+
+
+# ---- schema
+
+
+def test_reads_the_schema_of_the_contract(tmp_path: Path) -> None:
+    path = tmp_path / "schema.yaml"
+    path.write_text(
+        "scene: coupon\nlabel: Y\nunit: [a, no]\ngroup: null\ncontext: [destination]\nuser: []\nvariant: [coupon]\n"
+        "propensity: ~\narms: {on: 0.5, 1: .5}\n"
+    )
+    schema = read_schema(path)
+    assert schema.label == "Y" and schema.unit == ("a", "no") and schema.group is None and schema.user == ()
+    assert schema.arms == {"on": 0.5, "1": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("label: y\nvariant: [a]\nlabl: y\n", "unknown key `labl`. Did you mean `label`?"),
+        ("label: y\nvarient: [a]\n", "Did you mean `variant`?"),
+        ("label: y\nclicks: c\nimpressions: i\nvariant: [a]\n", "not both"),
+        ("clicks: c\nvariant: [a]\n", "both `clicks` and `impressions`"),
+        ("label: y\n", "`variant`"),
+        ("label: y\nvariant: []\n", "`variant`"),
+        ("label: y\nvariant: {a: b}\n", "`variant`"),
+        ("label: [y, z]\nvariant: [a]\n", "`label`"),
+        ("label: y\nvariant: [a]\nuser: [a]\n", "column 'a' cannot be both `user` and `variant`"),
+        ("label: y\nvariant: [a]\nuser: [y]\n", "column 'y' cannot be both `label` and `user`"),
+        ("label: y\nvariant: [a, a]\n", "names column 'a' twice"),
+        ("label: y\nvariant: [a]\narms: equal\n", "`arms`"),
+        ("label: y\nvariant: [a]\narms: {x: -1}\n", "`arms"),
+        ("label: y\nvariant: [a\n", "not valid YAML"),
+        ("- label\n", "a schema is a mapping"),
+        ("", "a schema is a mapping"),
+    ],
+)
+def test_a_wrong_schema_is_named(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "schema.yaml"
+    path.write_text(text)
+    with pytest.raises(SchemaError) as error:
+        read_schema(path)
+    assert says in error.value.message and str(path) in error.value.message
+
+
+def test_a_misspelt_key_is_one_problem(tmp_path: Path) -> None:
+    path = tmp_path / "schema.yaml"
+    path.write_text("label: y\nvarient: [a]\n")
+    with pytest.raises(SchemaError) as error:
+        read_schema(path)
+    assert len(error.value.message.splitlines()) == 1
+
+
+def test_schema_file_that_is_missing_or_not_utf8(tmp_path: Path) -> None:
+    with pytest.raises(SchemaError, match="no such file"):
+        read_schema(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes("scene: caf\xe9\n".encode("latin-1"))
+    with pytest.raises(SchemaError, match="UTF-8"):
+        read_schema(tmp_path / "latin.yaml")
+
+
+# ---- reading
+
+
+def test_reads_values_as_they_are_in_the_log(tmp_path: Path) -> None:
+    frame = a_frame()
+    log = read_log(saved(frame, tmp_path / "log.parquet"), SCHEMA)
+    assert len(log) == log.file_rows == log.n_exposures == 400
+    assert log.columns["age"].to_pylist() == frame["age"].tolist()
+    assert log.columns["city"].to_pylist() == frame["city"].tolist()
+    assert log.n_units == frame["who"].nunique() and log.n_variants == 6
+    assert log.positive_rate == pytest.approx(frame["y"].mean())
+    assert set(log.variants["variant_id"].to_pylist()) >= {"cat|dog / red", "dog / blue"}
+    assert ["cat", "dog"] in log.variants["image"].to_pylist()
+    first = log.variants.slice(int(log.variant[0]), 1).to_pylist()[0]
+    assert first["colour"] == [frame["colour"][0]] and first["image"] == sorted(frame["image"][0].split("|"))
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.csv.gz", "odd [1] name's; x.csv", "folder"])
+def test_every_kind_of_file_gives_the_same_log(tmp_path: Path, name: str) -> None:
+    frame = a_frame()
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+        saved(frame[:150], path / "a.parquet")
+        saved(frame[150:], path / "b.parquet")
+    else:
+        saved(frame, path)
+    (tmp_path / "odd 1 name's; x.csv").write_text("decoy\n1\n")  # what the brackets would match as a pattern
+    expected = read_log(saved(frame, tmp_path / "log.parquet"), SCHEMA)
+    read = read_log(path, SCHEMA)
+    assert content(read) == content(expected)
+    assert read.checks == expected.checks
+    assert read.folds(5, 1)[1].tolist() == expected.folds(5, 1)[1].tolist()
+
+
+def test_csv_with_semicolons_bom_and_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    rows = "\n".join(f'"v;{i % 2}";{i};{i % 3 == 0}' for i in range(30))
+    path.write_text("\ufefftag;n;y\n" + rows + "\n", encoding="utf-8")
+    log = read_log(path, LogSchema(label="y", user=("n",), variant=("tag",)))
+    assert log.variants["variant_id"].to_pylist() == ["v;0", "v;1"]
+    assert log.columns["n"].type == pa.int64() and log.positive_rate == pytest.approx(1 / 3)
+
+
+def test_numbers_in_csv_are_numbers_unless_they_are_codes(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(
+        "whole,real,gaps,code,mixed,late,t,y\n"
+        + "".join(f"{i},{i}.5,{'NA' if i % 2 else i},00{i},{i if i else 'x'},{i},{i % 2},{i % 2}\n" for i in range(60))
+    )
+    names = ("whole", "real", "gaps", "code", "mixed", "late")
+    columns = read_log(path, LogSchema(label="y", user=names, variant=("t",))).columns
+    kinds = {name: "text" if pa.types.is_dictionary(c.type) else str(c.type) for name, c in columns.items()}
+    assert kinds == dict(zip(names, ["int64", "double", "int64", "text", "text", "int64"], strict=True))
+    assert columns["gaps"].null_count == 30 and columns["code"].to_pylist()[:2] == ["000", "001"]
+
+
+def test_lists_and_separated_text_are_the_same_tags(tmp_path: Path) -> None:
+    texts = ["a|b", "b | a", " a|", "", None, "|", "c"]
+    lists = [["a", "b"], ["b", "a"], ["a"], [], None, [None], ["c", "c"]]
+    y = [i % 2 for i in range(7)]
+    logs = []
+    for tags in (texts, lists):
+        path = tmp_path / "log.parquet"
+        pq.write_table(pa.table({"tag": tags, "y": y}), path)
+        logs.append(read_log(path, LogSchema(label="y", variant=("tag",))))
+    assert logs[0].variant.tolist() == logs[1].variant.tolist()
+    assert logs[0].variants.equals(logs[1].variants)
+    assert logs[0].variants["tag"].to_pylist() == [[], ["a"], ["a", "b"], ["c"]]
+
+
+def test_tags_that_are_numbers_are_their_text(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {"size": [1, 2] * 4, "scale": [0.5, 1.5] * 4, "bold": [True, False] * 4, "y": [0, 1, 1, 0] * 2}
+    )
+    log = read_log(saved(frame, tmp_path / "l.parquet"), LogSchema(label="y", variant=("size", "scale", "bold")))
+    assert log.variants.to_pylist()[0] == {
+        "size": ["1"],
+        "scale": ["0.5"],
+        "bold": ["true"],
+        "variant_id": "1 / 0.5 / true",
+    }
+
+
+def test_ids_of_different_variants_differ(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"a": ["x / y", "x"], "b": ["z", "y / z"], "y": [0, 1]})
+    log = read_log(saved(frame, tmp_path / "l.parquet"), LogSchema(label="y", variant=("a", "b")))
+    assert len(set(log.variants["variant_id"].to_pylist())) == log.n_variants == 2
+
+
+def test_aggregated_rows_become_clicks_and_the_rest(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"arm": ["a", "b", "c", "d"], "i": [10, 5, 3, 0], "c": [4, 0, 3, 0], "w": [1, 2, 3, 4]})
+    schema = LogSchema(clicks="c", impressions="i", variant=("arm",), weight="w")
+    log = read_log(saved(frame, tmp_path / "l.csv"), schema)
+    assert log.reward.tolist() == [1, 0, 0, 1] and log.count.tolist() == [4, 6, 5, 3]
+    assert log.file_row.tolist() == [0, 0, 1, 2] and log.weight.tolist() == [1, 1, 2, 3]
+    assert (log.file_rows, log.n_exposures, log.n_units, log.aggregated) == (4, 18, 18, True)
+    assert log.positive_rate == pytest.approx(7 / 18)
+
+
+def test_units_may_be_several_columns_with_gaps(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {"a": ["1", "1", None, None, "12"] * 2, "b": ["2", None, "2", "2", None] * 2, "t": [*"xyxyxyxyxy"]}
+    )
+    frame["y"] = [0, 1] * 5
+    log = read_log(saved(frame, tmp_path / "l.csv"), LogSchema(label="y", unit=("a", "b"), variant=("t",)))
+    assert log.unit is not None and log.n_units == 4
+    assert log.unit[2] == log.unit[3] == log.unit[7] and log.unit[0] != log.unit[4]
+
+
+def test_a_row_without_unit_is_a_unit_of_its_own(tmp_path: Path) -> None:
+    frame = a_frame()
+    frame.loc[:9, "who"] = None
+    log = read_log(saved(frame, tmp_path / "l.parquet"), SCHEMA)
+    assert "unit_missing" in codes(log) and log.n_units == frame["who"].nunique() + 10
+
+
+def test_time_is_seconds_or_its_own_numbers(tmp_path: Path) -> None:
+    frame = a_frame(20)
+    frame["at"] = pd.date_range("2026-01-01", periods=20, freq="min")
+    schema = SCHEMA.model_copy(update={"time": "at"})
+    for name in ("l.parquet", "l.csv"):
+        log = read_log(saved(frame, tmp_path / name), schema)
+        assert log.time is not None and np.diff(log.time).tolist() == [60.0] * 19
+    frame["at"] = ["yesterday", *frame["at"].astype(str)[1:]]
+    log = read_log(saved(frame, tmp_path / "l.csv"), schema)
+    assert log.time is not None and np.isnan(log.time).sum() == 1 and "time_unreadable" in codes(log)
+
+
+ODD = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(ODD, min_size=4, max_size=4, unique_by=lambda s: s.lower()))
+def test_column_names_are_only_names(tmp_path: Path, names: list[str]) -> None:
+    frame = pd.DataFrame({names[0]: [*"aabb"], names[1]: [1, 2, 3, 4], names[2]: [*"uvuv"], names[3]: [0, 1, 1, 0]})
+    schema = LogSchema(label=names[3], user=(names[1],), unit=(names[2],), variant=(names[0],))
+    log = read_log(saved(frame, tmp_path / "log.parquet"), schema)
+    assert log.columns[names[1]].to_pylist() == [1, 2, 3, 4] and log.n_variants == log.n_units == 2
+
+
+def test_sql_in_names_and_values_does_not_run(tmp_path: Path) -> None:
+    evil = "x\"; COPY (SELECT 1) TO '/tmp/evil.csv'; --"
+    frame = pd.DataFrame({evil: ["'); DROP TABLE log; --", "b"] * 4, "y": [0, 1, 1, 0] * 2})
+    for name in ("evil'; DROP VIEW log; --.csv", 'a".parquet'):
+        log = read_log(saved(frame, tmp_path / name), LogSchema(label="y", variant=(evil,)))
+        assert log.n_variants == 2
+    assert not Path("/tmp/evil.csv").exists()
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**32 - 1))
+def test_the_order_of_rows_means_nothing(tmp_path: Path, seed: int) -> None:
+    frame = a_frame(80)
+    order = np.random.default_rng(seed).permutation(80)
+    log = read_log(saved(frame, tmp_path / "a.parquet"), SCHEMA)
+    shuffled = read_log(saved(frame.iloc[order], tmp_path / "b.parquet"), SCHEMA)
+    assert log.unit is not None and shuffled.unit is not None
+    assert log.unit[order].tolist() == shuffled.unit.tolist()
+    assert log.variant[order].tolist() == shuffled.variant.tolist() and log.variants.equals(shuffled.variants)
+    assert log.folds(3, 7)[1][order].tolist() == shuffled.folds(3, 7)[1].tolist()
+    assert log.cells(("page", "age"))[order].tolist() == shuffled.cells(("page", "age")).tolist()
+    assert log.checks == shuffled.checks
+    assert content(log.take(order)) == content(shuffled)
+
+
+# ---- folds, take, cells
+
+
+def test_folds_keep_units_whole_and_equal_in_number(tmp_path: Path) -> None:
+    log = read_log(saved(a_frame(), tmp_path / "l.parquet"), SCHEMA)
+    same, fold = log.folds(5, 3)
+    assert same is log and log.unit is not None
+    units = pd.DataFrame({"unit": log.unit, "fold": fold}).drop_duplicates()
+    assert len(units) == log.n_units and np.ptp(np.bincount(units["fold"])) <= 1
+    assert log.folds(5, 3)[1].tolist() == fold.tolist() != log.folds(5, 4)[1].tolist()
+
+
+def test_folds_without_units_split_counts(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"arm": [*"abab"], "i": [1000, 900, 800, 1], "c": [10, 500, 1, 1]})
+    log = read_log(saved(frame, tmp_path / "l.csv"), LogSchema(clicks="c", impressions="i", variant=("arm",)))
+    split, fold = log.folds(4, 0)
+    assert len(split) == len(fold) > len(log)
+    assert np.bincount(split.file_row, split.count).tolist() == [1000, 900, 800, 1]
+    assert np.bincount(fold, split.count) == pytest.approx(675.25, rel=0.2)
+    assert float((split.reward * split.count).sum()) == 512
+
+
+def test_take_numbers_units_anew_and_keeps_variants(tmp_path: Path) -> None:
+    log = read_log(saved(a_frame(), tmp_path / "l.parquet"), SCHEMA)
+    part = log.take(log.variant == 2)
+    assert part.n_variants == log.n_variants and set(part.variant.tolist()) == {2}
+    assert part.unit is not None and part.n_units == len(np.unique(part.unit)) < log.n_units
+
+
+def test_cells_are_combinations_within_the_group(tmp_path: Path) -> None:
+    frame = a_frame()
+    frame["test"] = np.arange(400) % 2
+    frame["hour"] = np.linspace(0, 24, 400)
+    schema = SCHEMA.model_copy(update={"group": "test", "context": ("page", "hour")})
+    log = read_log(saved(frame, tmp_path / "l.parquet"), schema)
+    assert log.cells(()).max() + 1 == 2 and log.cells(("page",)).max() + 1 == 4
+    assert log.cells(("page", "hour")).max() + 1 == 32
+
+
+# ---- errors
+
+
+def breaks(frame: pd.DataFrame, tmp_path: Path, schema: LogSchema = SCHEMA, name: str = "log.parquet") -> str:
+    path = saved(frame, tmp_path / name)
+    with pytest.raises(LogError) as error:
+        read_log(path, schema)
+    assert all(str(path) in line for line in error.value.message.splitlines())
+    return error.value.message
+
+
+def test_missing_columns_are_all_named_with_the_nearest(tmp_path: Path) -> None:
+    message = breaks(a_frame().rename(columns={"age": "Age_", "page": "pages"}), tmp_path)
+    assert "column 'age' (schema key `user`) is missing" in message and "'Age_'" in message
+    assert "column 'page'" in message and "'pages'" in message
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv"])
+def test_labels_that_are_not_0_or_1(tmp_path: Path, name: str) -> None:
+    frame = a_frame()
+    frame["y"] = frame["y"].astype(float)
+    frame.loc[[3, 9], "y"] = [2, np.nan]
+    message = breaks(frame, tmp_path, name=name)
+    assert "column 'y': label is not 0 or 1 in 2 rows, first data row 4" in message
+
+
+def test_labels_may_be_true_and_false(tmp_path: Path) -> None:
+    frame = a_frame()
+    expected = frame["y"].mean()
+    frame["y"] = frame["y"] == 1
+    for name in ("l.parquet", "l.csv"):
+        assert read_log(saved(frame, tmp_path / name), SCHEMA).positive_rate == pytest.approx(expected)
+
+
+def test_text_labels_show_the_text(tmp_path: Path) -> None:
+    frame = a_frame()
+    frame["y"] = frame["y"].map({0: "no", 1: "1"})
+    assert "('no')" in breaks(frame, tmp_path)
+
+
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    frame = a_frame().assign(y=1, image="cat", colour="red", w=-1.0)
+    frame.loc[:4, "p"] = [0, -1, 1.5, np.nan, 0.5]
+    message = breaks(frame, tmp_path, SCHEMA.model_copy(update={"weight": "w"}))
+    lines = message.splitlines()
+    assert len(lines) == 4
+    assert "the label is 1 in all 400 rows" in message
+    assert "propensity outside (0, 1] in 4 rows, first data row 1 (0.0)" in message
+    assert "a single variant in all 400 rows" in message and "weight is negative" in message
+
+
+@pytest.mark.parametrize(
+    ("clicks", "impressions", "says"),
+    [
+        ([5, 1], [4, 10], "more clicks than 'i' in 1 row, first data row 1"),
+        ([-1, 1], [4, 10], "clicks is not a whole number"),
+        ([0.5, 1], [4, 10], "clicks is not a whole number"),
+        ([1, 1], [4, None], "impressions is not a whole number ≥ 0 in 1 row, first data row 2 (missing)"),
+        ([0, 0], [0, 0], "no impressions"),
+        ([0, 0], [4, 5], "the label is 0"),
+    ],
+)
+def test_impossible_counts(tmp_path: Path, clicks: list[Any], impressions: list[Any], says: str) -> None:
+    frame = pd.DataFrame({"arm": ["a", "b"], "c": clicks, "i": impressions})
+    message = breaks(frame, tmp_path, LogSchema(clicks="c", impressions="i", variant=("arm",)))
+    assert says in message
+
+
+def test_variant_ids_must_keep_their_tags(tmp_path: Path) -> None:
+    frame = a_frame()
+    frame["id"] = frame["image"]
+    message = breaks(frame, tmp_path, SCHEMA.model_copy(update={"variant_id": "id"}))
+    assert "3 variants carry more than one combination of tags" in message and "'dog|cat'" in message
+    frame["id"] = frame["image"] + frame["colour"]
+    frame.loc[0, "id"] = None
+    assert "no variant in 1 row" in breaks(frame, tmp_path, SCHEMA.model_copy(update={"variant_id": "id"}))
+
+
+def test_a_variant_id_names_the_variant(tmp_path: Path) -> None:
+    frame = a_frame()
+    frame["id"] = frame["image"] + frame["colour"] + (frame["age"] % 2).astype(str)
+    log = read_log(
+        saved(frame, tmp_path / "l.parquet"), SCHEMA.model_copy(update={"variant_id": "id", "propensity": None})
+    )
+    ids = log.variants["variant_id"].to_pylist()
+    assert log.n_variants == 12 and [ids[v] for v in log.variant] == frame["id"].tolist()
+
+
+def test_groups_must_be_named_and_compare_something(tmp_path: Path) -> None:
+    frame = a_frame().assign(test=lambda f: f["image"] + f["colour"])
+    schema = SCHEMA.model_copy(update={"group": "test"})
+    assert "a single variant in each of the 6 groups" in breaks(frame, tmp_path, schema)
+    frame["test"] = np.where(frame["image"] == "cat", frame["test"], "both")
+    assert "single_variant_groups" in codes(read_log(saved(frame, tmp_path / "l.parquet"), schema))
+    frame.loc[5, "test"] = None
+    assert "no group in 1 row, first data row 6 (missing)" in breaks(frame, tmp_path, schema)
+
+
+def test_files_that_hold_nothing(tmp_path: Path) -> None:
+    for name, data, says in [
+        ("empty.csv", b"", "empty"),
+        ("empty.parquet", b"", "empty"),
+        ("header.csv", b"who,age,city,page,image,colour,p,y\n", "no rows"),
+        ("log.xlsx", b"PK", "unknown kind of file"),
+        ("broken.parquet", b"PAR1 no", "cannot be read"),
+        ("empty.csv.gz", gzip.compress(b""), "empty"),
+        ("torn.csv.gz", gzip.compress(b"a,b" * 999)[:30], "cannot be read"),
+    ]:
+        path = tmp_path / name
+        path.write_bytes(data)
+        with pytest.raises(LogError, match=says):
+            read_log(path, SCHEMA)
+    saved(a_frame().head(0), tmp_path / "rows.parquet")
+    (tmp_path / "folder").mkdir()
+    for name, says in [("none.csv", "no such file"), ("rows.parquet", "no rows"), ("folder", r"no \.parquet")]:
+        with pytest.raises(LogError, match=says):
+            read_log(tmp_path / name, SCHEMA)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_other_encodings_are_named_with_the_remedy(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "log.csv"
+    a_frame().to_csv(path, index=False, encoding=encoding)
+    with pytest.raises(LogError, match=r"not UTF-8.*iconv"):
+        read_log(path, SCHEMA)
+
+
+def test_columns_named_twice(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("t,y,T,\na,1,b,c\n")
+    with pytest.raises(LogError, match=r"line 1: .*'', 'T', 't'"):
+        read_log(path, LogSchema(label="y", variant=("t",)))
+
+
+def test_lines_may_end_as_windows_ends_them_and_hold_line_breaks(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_bytes(b't\ty\r\n"a\r\nb"\t1\r\nc\t0\r\n')
+    assert read_log(path, LogSchema(label="y", variant=("t",))).variants["t"].to_pylist() == [["a\r\nb"], ["c"]]
+
+
+def test_rows_with_too_many_fields(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("t,y\n" + "a,1\nb,0\n" * 50 + "a,1,1,1\n")
+    with pytest.raises(LogError, match=r"line 102: cannot be read"):
+        read_log(path, LogSchema(label="y", variant=("t",)))
+
+
+# ---- warnings
+
+
+def test_a_clean_log_has_no_findings(tmp_path: Path) -> None:
+    frame = a_frame()
+    frame["age"] = frame["who"].str.len()
+    frame["city"] = frame["who"].str[-1]
+    frame["at"] = np.arange(400)
+    assert codes(read_log(saved(frame, tmp_path / "l.parquet"), SCHEMA)) == []
+
+
+def test_findings_name_the_column(tmp_path: Path) -> None:
+    frame = a_frame(800)
+    frame["age"] = np.arange(800)
+    frame["city"] = None
+    frame["who"] = np.arange(800)
+    frame["colour"] = "red"
+    frame.loc[700:, "page"] = None
+    frame = pd.concat([frame, frame.head(3)])
+    log = read_log(saved(frame, tmp_path / "l.csv"), SCHEMA)
+    found = {(c.code, c.level) for c in log.checks}
+    assert {code for code, level in found if level is Level.WARNING} == {
+        "duplicated_rows",
+        "units_seen_once",
+        "id_like_column",
+        "constant_column",
+        "mostly_missing",
+        "propensity_mean",
+    }
+    messages = " ".join(c.message for c in log.checks)
+    assert "3 of 803 rows" in messages and "'age'" in messages and "'city'" in messages and "'colour'" in messages
+
+
+def test_user_columns_that_change_within_a_unit(tmp_path: Path) -> None:
+    log = read_log(saved(a_frame(), tmp_path / "l.parquet"), SCHEMA)
+    assert [c.level for c in log.checks if c.code == "varies_within_unit"] == [Level.INFO] * 2
+
+
+def test_few_units(tmp_path: Path) -> None:
+    frame = a_frame()
+    frame["who"] = np.arange(400) % 7
+    assert "few_units" in codes(read_log(saved(frame, tmp_path / "l.parquet"), SCHEMA))
+
+
+def test_arms_that_match_no_variants(tmp_path: Path) -> None:
+    path = saved(a_frame(), tmp_path / "l.parquet")
+    for arms, warned in [({"cat": 0.5, "dogs": 0.5}, True), ({"red": 0.5, "blue": 0.5}, False), ("uniform", False)]:
+        log = read_log(path, SCHEMA.model_copy(update={"arms": arms}))
+        assert ("arms_unmatched" in codes(log)) == warned
+
+
+@pytest.mark.parametrize(("scale", "warned"), [(1.0, False), (1.3, True), (0.8, True)])
+def test_propensities_that_do_not_add_up(tmp_path: Path, scale: float, warned: bool) -> None:
+    rng = np.random.default_rng(0)
+    shares = np.array([[0.7, 0.2, 0.1], [0.1, 0.9, 0.0]])  # the third is not eligible on the second page
+    page = rng.integers(0, 2, 6000)
+    shown = np.array([rng.choice(3, p=shares[c]) for c in page])
+    frame = pd.DataFrame({"page": page, "arm": shown, "p": shares[page, shown] / scale, "y": rng.integers(0, 2, 6000)})
+    frame["p"] = frame["p"].clip(upper=1)
+    schema = LogSchema(label="y", context=("page",), variant=("arm",), propensity="p")
+    assert ("propensity_mean" in codes(read_log(saved(frame, tmp_path / "l.parquet"), schema))) == warned
+
+
+def test_many_variants_hardly_seen_do_not_alarm(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"arm": rng.integers(0, 5000, 10_000), "y": rng.integers(0, 2, 10_000), "p": 1 / 5000})
+    schema = LogSchema(label="y", variant=("arm",), propensity="p")
+    assert "propensity_mean" not in codes(read_log(saved(frame, tmp_path / "l.parquet"), schema))
+
+
+# ---- real logs
+
+
+@pytest.mark.real_data
+def test_counts_the_repeats_of_real_logs(data_dir: Path) -> None:
+    for name, schema in [
+        ("hillstrom/hillstrom.csv", LogSchema(label="visit", user=("recency", "channel"), variant=("segment",))),
+        ("coupon/coupons_uci.csv", LogSchema(label="Y", user=("age", "Bar"), variant=("coupon", "expiration"))),
+    ]:
+        log = read_log(data_dir / name, schema)
+        repeats = pd.read_csv(data_dir / name).duplicated().sum()
+        assert any(c.code == "duplicated_rows" and c.message.startswith(f"{repeats:,} of ") for c in log.checks)
+
+
+@pytest.mark.real_data
+def test_reads_an_aggregated_archive(data_dir: Path) -> None:
+    path = data_dir / "upworthy/upworthy.parquet"
+    schema = LogSchema(
+        clicks="clicks", impressions="impressions", group="clickability_test_id", variant=("headline", "eyecatcher_id")
+    )
+    log, frame = read_log(path, schema), pd.read_parquet(path)
+    assert log.file_rows == len(frame) and log.n_exposures == frame["impressions"].sum()
+    assert float((log.reward * log.count).sum()) == frame["clicks"].sum()
+    assert log.groups is not None and len(log.groups) == frame["clickability_test_id"].nunique()
