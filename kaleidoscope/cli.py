@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kaleidoscope.advice import verdict_sentence
 from kaleidoscope.errors import KaleidoscopeError
 from kaleidoscope.progress import Progress, Silent
-from kaleidoscope.vocabulary import Level, Policy, Verdict
+from kaleidoscope.vocabulary import Level, Policy
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,12 +83,11 @@ def learn(
     from kaleidoscope.settings import load_settings
 
     settings = load_settings()
+    _limit_threads(settings.threads)
     with _job_output(as_json) as progress:
         from kaleidoscope.commands.learn import run_learn
 
-        summary = run_learn(
-            log, schema, out, settings=settings, seed=settings.seed if seed is None else seed, progress=progress
-        )
+        summary = run_learn(log, schema, out, seed=settings.seed if seed is None else seed, progress=progress)
     _print_summary(summary, out, as_json=as_json)
 
 
@@ -106,12 +107,11 @@ def demo(
     from kaleidoscope.settings import load_settings
 
     settings = load_settings()
+    _limit_threads(settings.threads)
     with _job_output(as_json) as progress:
         from kaleidoscope.commands.demo import run_demo
 
-        summary = run_demo(
-            out, rows=rows, settings=settings, seed=settings.seed if seed is None else seed, progress=progress
-        )
+        summary = run_demo(out, rows=rows, seed=settings.seed if seed is None else seed, progress=progress)
     _print_summary(summary, out, as_json=as_json)
 
 
@@ -152,14 +152,15 @@ def _debug() -> bool:
         return False
 
 
-# ── output ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+def _limit_threads(threads: int | None) -> None:
+    """Tell the numerical libraries, before their import, how many threads to use, and not to spin while they wait."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if threads is not None:
+        for library in ("OMP", "OPENBLAS", "MKL"):
+            os.environ[f"{library}_NUM_THREADS"] = str(threads)
 
-ADVICE = {
-    Verdict.PERSONALISE: "Personalise: choosing the variant for each user is worth it.",
-    Verdict.BEST_PER_CONTEXT: "Choose the best variant per context; nothing shows that choosing per user adds to it.",
-    Verdict.BEST_SINGLE: "Show the best single variant to everybody; nothing shows that choosing adds to it.",
-    Verdict.INCONCLUSIVE: "Inconclusive: this log does not show that one way of choosing is better than another.",
-}
+
+# ── output ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager
@@ -235,7 +236,7 @@ def _print_summary(summary: Mapping[str, Any], out: Path, *, as_json: bool) -> N
         interval = f"[{gain['ci_low']:+.4f}, {gain['ci_high']:+.4f}]"
         p = "" if gain["permutation_p"] is None else f", permutation p = {gain['permutation_p']:.2f}"
         console.print(Text(f"Gain of personalising over {over}: {gain['value']:+.4f} {interval}{p}"))
-    console.print(Text(ADVICE[Verdict(summary["verdict"])], style="bold"))
+    console.print(Text(verdict_sentence(summary), style="bold"))
     console.print(Text(_auc_line(summary["model"])))
     for check in summary["checks"]:
         if check["level"] != Level.INFO:

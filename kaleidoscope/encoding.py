@@ -156,8 +156,8 @@ class Encoder:
             known = np.isfinite(numbers)
             bins = np.searchsorted(np.asarray(spec.edges), numbers, side="right") + RESERVED
             codes[:, i] = np.where(known, bins, MISSING)
-            standardised = np.clip((numbers - spec.mean) / spec.scale, -VALUE_CLIP, VALUE_CLIP)
-            values[:, self.numeric_fields.index(i)] = np.where(known, standardised, 0.0)
+            standardised = np.where(known, numbers, spec.mean) / spec.scale - spec.mean / spec.scale
+            values[:, self.numeric_fields.index(i)] = np.clip(standardised, -VALUE_CLIP, VALUE_CLIP)
         return Features(codes, values)
 
     @cached_property
@@ -205,8 +205,9 @@ def _fit_field(name: str, role: Role, column: Column) -> Field:
     numbers = numbers[np.isfinite(numbers)]
     if not len(numbers):
         return Field(name, role, None)
-    scale = float(numbers.std())
-    return Field(name, role, None, _edges(numbers), float(numbers.mean()), scale if scale > 0 else 1.0)
+    peak = float(np.abs(numbers).max()) or 1.0  # the square of a number may be more than a float can hold
+    scale = float((numbers / peak).std()) * peak
+    return Field(name, role, None, _edges(numbers), float((numbers / peak).mean()) * peak, scale if scale > 0 else 1.0)
 
 
 def _edges(numbers: NDArray[np.float64]) -> tuple[float, ...]:
@@ -233,7 +234,8 @@ def _buckets(column: Column, vocabulary: Sequence[str]) -> NDArray[np.int64]:
     array = _whole(column)
     if pa.types.is_dictionary(array.type):
         of_value = np.append(_buckets(array.dictionary, vocabulary), MISSING)
-        return of_value[_array(pc.fill_null(array.indices.cast(pa.int64()), len(array.dictionary)))]
+        codes = _array(pc.fill_null(array.indices.cast(pa.int64()), len(array.dictionary))).astype(np.int64, copy=False)
+        return of_value[codes]
     text = _text(array)
     found = pc.index_in(text, value_set=pa.array(vocabulary, pa.string()))
     bucket = _array(pc.fill_null(found.cast(pa.int64()), UNSEEN - RESERVED)) + RESERVED

@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special, stats
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from kaleidoscope.log import (
     SAMPLED_UNITS,
@@ -438,10 +439,11 @@ def exposure_independence(log: Log, permutations: int = 99, seed: int = 0) -> In
         by_target = np.concatenate(found) / log.count.sum()  # (blocks · ridges, K)
         return np.stack([by_target[:, dimension == d].sum(axis=1) for d in range(len(targets))], axis=1)
 
-    results = [gains(np.arange(len(log)))]
-    for _ in range(permutations):
-        other = rng.permutation(len(size))[position]
-        results.append(gains(start[other] + nth % size[other]))
+    with threadpool_limits(1, "blas"):  # the products are small: on a busy machine more threads wait for each other
+        results = [gains(np.arange(len(log)))]
+        for _ in range(permutations):
+            other = rng.permutation(len(size))[position]
+            results.append(gains(start[other] + nth % size[other]))
     stacked = np.stack(results)  # (1 + permutations, blocks · ridges, dimensions)
     spread = stacked.std(axis=0)
     score = np.divide(stacked - stacked.mean(axis=0), spread, out=np.zeros_like(stacked), where=spread > 1e-15)

@@ -22,7 +22,7 @@ from scipy.special import stdtrit
 
 from kaleidoscope.vocabulary import Policy, Verdict
 
-IntArray = npt.NDArray[np.integer[Any]]
+IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 MIN_MATCHED_ROWS = 200

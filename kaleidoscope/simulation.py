@@ -62,7 +62,9 @@ class World:
     user_effects: tuple[NDArray[np.float64], ...]  # per field
     context_effect: NDArray[np.float64]
     variant_effect: NDArray[np.float64]  # (N,): tags and material residuals
-    tables: dict[tuple[int, int], NDArray[np.float64]] = field(default_factory=dict)  # (field, dimension) → (values, tags)
+    tables: dict[tuple[int, int], NDArray[np.float64]] = field(
+        default_factory=dict
+    )  # (field, dimension): (values, tags)
     context_tables: dict[int, NDArray[np.float64]] = field(default_factory=dict)
 
     @classmethod
@@ -84,7 +86,9 @@ class World:
         for s, count in enumerate(spec.materials):
             variant_effect += rng.normal(0, spec.material_sd, count)[materials[:, s]]
         pairs = [(f, d) for f in range(len(spec.field_values)) for d in range(len(spec.dimension_values))]
-        chosen = rng.choice(len(pairs), spec.interactions, replace=False) if spec.interactions else []
+        chosen: list[int] = (
+            rng.choice(len(pairs), spec.interactions, replace=False).tolist() if spec.interactions else []
+        )
         tables = {pairs[i]: _table(rng, spec, pairs[i]) for i in chosen}
         context_tables = {}
         for d in rng.permutation(len(spec.dimension_values))[: spec.context_interactions]:
@@ -116,7 +120,9 @@ class World:
 
     def sample_users(self, n: int, rng: np.random.Generator) -> Users:
         """Draw `n` users and the context each is met in."""
-        values = np.stack([rng.choice(len(p), n, p=p) for p in self.shares], axis=1)
+        values = np.empty((n, len(self.shares)), dtype=np.int64)
+        for f, p in enumerate(self.shares):
+            values[:, f] = rng.choice(len(p), n, p=p)
         return Users(values, rng.integers(0, max(self.spec.context_values, 1), n))
 
     def _preferences(self, users: Users) -> list[tuple[int, NDArray[np.float64]]]:

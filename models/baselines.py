@@ -10,7 +10,7 @@ import lightgbm as lgb
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array, hstack
-from scipy.special import logit
+from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 
 from kaleidoscope.encoding import Encoder, Features
@@ -21,6 +21,8 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 RANK_PAIRS = 500_000  # (user, variant) pairs predicted at once
+MAX_TAG_COLUMNS = 100  # most common values of a dimension of which a variant may have several
+MAX_EBM_PAIRS = 200
 
 
 class Model(Protocol):
@@ -53,13 +55,14 @@ class MostPopular:
         rate = float(np.clip(np.average(examples.reward, weights=examples.weight), 1e-6, 1 - 1e-6))
         shown = np.bincount(examples.variant, examples.weight, n)
         residual = np.bincount(examples.variant, examples.weight * (examples.reward - rate), n)
-        error = 1.0 / np.maximum(shown * rate * (1 - rate), 1e-9)
+        error = 1.0 / np.maximum(shown * rate * (1 - rate), 1e-9)  # of a logit
         variance = block_variances(residual * error, error, np.zeros(n, np.int64), 1)[0][0]
-        return cls(logit(rate) + residual * error * variance / (variance + error))
+        shrunk = rate + residual / np.maximum(shown, 1e-9) * variance / (variance + error)
+        return cls(logit(np.clip(shrunk, 1e-6, 1 - 1e-6)))
 
     def predict(self, features: Features, variant: Ints) -> Floats:
         """See `Model`."""
-        return np.asarray(1.0 / (1.0 + np.exp(-self.score[variant])))
+        return np.asarray(expit(self.score[variant]))
 
     def rank(self, features: Features) -> NDArray[np.float32]:
         """See `Model`."""
@@ -75,12 +78,15 @@ class LightGbm:
 
     @classmethod
     def fit(cls, examples: Examples, encoder: Encoder, *, seed: int = 0) -> Self:
-        """Train up to 500 trees of 31 leaves at rate 0.05; a sixth of the units decides when to stop."""
+        """Train up to 500 trees of 31 leaves at rate 0.05; a sixth of the units decides when to stop.
+
+        A single unit can decide nothing: then there are 50 trees.
+        """
         tags, categorical_tags = _tag_columns(examples.tags, encoder)
         fields = [i for i, f in enumerate(encoder.fields) if not f.numeric]
         categorical = [*fields, *(len(encoder.fields) + len(encoder.numeric_fields) + c for c in categorical_tags)]
         sets = []
-        for part in examples.split(1 / 6, seed):
+        for part in filter(len, examples.split(1 / 6, seed)):
             data = lgb.Dataset(
                 _columns(part.features, tags[part.variant]),
                 part.reward,
@@ -99,8 +105,10 @@ class LightGbm:
             "deterministic": True,
             "force_row_wise": True,
         }
-        stop = [lgb.early_stopping(30, verbose=False)]
-        return cls(lgb.train(parameters, sets[0], 500, valid_sets=[sets[1]], callbacks=stop), tags)
+        if len(sets) == 1:
+            return cls(lgb.train(parameters, sets[0], 50), tags)
+        stop: list[Any] = [lgb.early_stopping(30, verbose=False)]
+        return cls(lgb.train(parameters, sets[0], 500, valid_sets=sets[1:], callbacks=stop), tags)
 
     def predict(self, features: Features, variant: Ints) -> Floats:
         """See `Model`."""
@@ -116,57 +124,59 @@ class CrossedLogistic:
     """Logistic regression on all fields, tags and field × tag crosses, with one L2 penalty for all of them."""
 
     layout: Layout
-    side: Floats  # (C,)
-    tag: Floats  # (T,)
+    side: Floats  # (P,)
+    variant: Floats  # (N,) logit of its tags
     cross: NDArray[np.float32]  # (C, T)
     intercept: float
 
     @classmethod
     def fit(cls, examples: Examples, encoder: Encoder, *, seed: int = 0) -> Self:
         """Fit by L-BFGS (scikit-learn)."""
-        layout = Layout.of(encoder, examples.tags)
+        layout, examples = Layout.of(encoder, examples.tags), _with_both_outcomes(examples)
         side, tags = layout.crossed(examples.features), csr_array(layout.crossed_tags)[examples.variant]
-        design = hstack([side, tags, _products(side, csr_array(tags))], format="csr")
+        main = [side, layout.other(examples.features), examples.tags[examples.variant]]
+        design = hstack([*main, _products(side, csr_array(tags))], format="csr")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a fit that stops at max_iter is still a baseline
             model = LogisticRegression(C=1.0, max_iter=100).fit(design, examples.reward, sample_weight=examples.weight)
-        weights, (c, t) = model.coef_[0], (side.shape[1], tags.shape[1])
-        cross = weights[c + t :].reshape(c, t).astype(np.float32)
-        return cls(layout, weights[:c], weights[c : c + t], cross, float(model.intercept_[0]))
+        p = len(layout.side_block)
+        weights, m = model.coef_[0], p + examples.tags.shape[1]
+        cross = weights[m:].reshape(side.shape[1], tags.shape[1]).astype(np.float32)
+        return cls(layout, weights[:p], examples.tags @ weights[p:m], cross, float(model.intercept_[0]))
 
     def _side(self, features: Features) -> tuple[Floats, NDArray[np.float32]]:
-        side = self.layout.crossed(features)
-        return side @ self.side + self.intercept, side @ self.cross
+        side, c = self.layout.crossed(features), self.layout.n_crossed
+        base = side @ self.side[:c] + self.layout.other(features) @ self.side[c:]
+        return base + self.intercept, side @ self.cross
 
     def predict(self, features: Features, variant: Ints) -> Floats:
         """See `Model`."""
         base, taste = self._side(features)
-        tags = self.layout.crossed_tags
-        score = base + (tags @ self.tag)[variant] + np.einsum("nt,nt->n", taste, tags[variant])
-        return np.asarray(1.0 / (1.0 + np.exp(-score)))
+        score = base + self.variant[variant] + np.einsum("nt,nt->n", taste, self.layout.crossed_tags[variant])
+        return np.asarray(expit(score))
 
     def rank(self, features: Features) -> NDArray[np.float32]:
         """See `Model`."""
         base, taste = self._side(features)
-        tags = self.layout.crossed_tags
-        return np.asarray(base[:, None] + tags @ self.tag + taste @ tags.T, dtype=np.float32)
+        return np.asarray(base[:, None] + self.variant + taste @ self.layout.crossed_tags.T, dtype=np.float32)
 
 
 @dataclass(frozen=True)
 class Ebm:
-    """An explainable boosting machine (Nori et al. 2019, arXiv 1909.09223), interactions limited to field × tag pairs."""
+    """An explainable boosting machine (Nori et al. 2019, arXiv 1909.09223) with field × tag interactions alone."""
 
     model: Any
     tags: NDArray[np.float32]
 
     @classmethod
     def fit(cls, examples: Examples, encoder: Encoder, *, seed: int = 0) -> Self:
-        """One bag, on all field × tag pairs of the first tag columns."""
+        """One bag, on the first MAX_EBM_PAIRS field × tag pairs."""
         from interpret.glassbox import ExplainableBoostingClassifier
 
         tags, _ = _tag_columns(examples.tags, encoder)
+        examples = _with_both_outcomes(examples)
         n_fields, n_side = len(encoder.fields), len(encoder.fields) + len(encoder.numeric_fields)
-        pairs = [(f, n_side + t) for f in range(n_fields) for t in range(tags.shape[1])]
+        pairs = [(f, n_side + t) for t in range(tags.shape[1]) for f in range(n_fields)][:MAX_EBM_PAIRS]
         kinds = ["nominal" if not f.numeric else "continuous" for f in encoder.fields]
         kinds += ["continuous"] * len(encoder.numeric_fields) + ["nominal"] * tags.shape[1]
         model = ExplainableBoostingClassifier(
@@ -185,13 +195,24 @@ class Ebm:
         return _rank_by_prediction(self, features, len(self.tags))
 
 
+def _with_both_outcomes(examples: Examples) -> Examples:
+    """The examples that have a weight; if they all have one outcome, also the first with the other one, at 0.1 %."""
+    used = examples.take(np.flatnonzero(examples.weight > 0))
+    if 0 < used.reward.mean() < 1:
+        return used
+    twice = used.take(np.append(np.arange(len(used)), 0))
+    twice.reward[-1] = 1 - twice.reward[-1]
+    twice.weight[-1] *= 1e-3
+    return twice
+
+
 def _columns(features: Features, tags: NDArray[np.float32]) -> NDArray[np.float32]:
     """Buckets, numeric values and tags side by side: (n, F + V + ·)."""
     return np.concatenate([features.codes.astype(np.float32), features.values, tags], axis=1)
 
 
 def _tag_columns(tags: csr_array, encoder: Encoder) -> tuple[NDArray[np.float32], list[int]]:
-    """A column of codes per dimension that has one value per variant, else one 0/1 column per value; and which are codes."""
+    """A column of codes per dimension with one value per variant, else a 0/1 column per value; and which are codes."""
     out: list[NDArray[np.float32]] = []
     categorical: list[int] = []
     start = 0
@@ -202,12 +223,13 @@ def _tag_columns(tags: csr_array, encoder: Encoder) -> tuple[NDArray[np.float32]
             categorical.append(sum(b.shape[1] for b in out))
             out.append(block.indices.astype(np.float32)[:, None])
         else:
-            out.append(block.toarray())
+            common = np.argsort(-block.sum(axis=0), kind="stable")[:MAX_TAG_COLUMNS]
+            out.append(block[:, np.sort(common)].toarray())
     return np.concatenate(out, axis=1), categorical
 
 
 def _products(left: csr_array, right: csr_array) -> csr_array:
-    """Row by row, every entry of `left` times every entry of `right`: (n, C·T). Rows of `left` have equally many entries."""
+    """Row by row, every entry of `left`, equally many in each row, times every entry of `right`: (n, C·T)."""
     n, t = right.shape
     per_left = left.indptr[1] if n else 0
     counts = np.diff(right.indptr)

@@ -31,11 +31,11 @@ class Examples:
     def of(cls, log: Log, encoder: Encoder) -> Examples:
         """Encode a log. A log without units makes every row its own unit."""
         columns = dict(log.columns)
-        if log.group is not None and log.schema.group is not None:
+        if log.group is not None and log.groups is not None and log.schema.group is not None:
             columns[log.schema.group] = log.groups.take(pa.array(log.group))
         unit = np.arange(len(log.reward)) if log.unit is None else log.unit
         return cls(
-            encoder.features(columns),
+            encoder.features(columns, len(log)),
             log.variant,
             encoder.tags(log.variants),
             log.reward,
@@ -64,10 +64,10 @@ class Examples:
         return replace(self, features=features), narrow
 
     def split(self, share: float, seed: int) -> tuple[Examples, Examples]:
-        """Two sets with no unit in common; the second holds about `share` of the units."""
+        """Two sets with no unit in common; the second holds `share` of the units, at least one and not the last one."""
         units, code = np.unique(self.unit, return_inverse=True)
-        held = np.random.default_rng(seed).random(len(units)) < share
-        out = held[code]
+        order = np.random.default_rng(seed).permutation(len(units))
+        out = (order < min(max(1, round(share * len(units))), len(units) - 1))[code]
         return self.take(np.flatnonzero(~out)), self.take(np.flatnonzero(out))
 
 

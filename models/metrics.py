@@ -24,13 +24,12 @@ class AucSums:
         """The sums of n scored exposures, with `reward` 0 or 1."""
         weight = np.ones(len(score)) if weight is None else weight
         scores, code = np.unique(np.asarray(score, dtype=np.float64), return_inverse=True)
-        positive = np.bincount(code, weight * reward, len(scores))
-        return cls(scores, positive, np.bincount(code, weight, len(scores)) - positive)
+        return cls(scores, _sums(code, weight * reward, len(scores)), _sums(code, weight * (1 - reward), len(scores)))
 
     def __add__(self, other: AucSums) -> AucSums:
         scores, code = np.unique(np.concatenate([self.scores, other.scores]), return_inverse=True)
-        positives = np.bincount(code, np.concatenate([self.positives, other.positives]), len(scores))
-        return AucSums(scores, positives, np.bincount(code, np.concatenate([self.negatives, other.negatives]), len(scores)))
+        positives = _sums(code, np.concatenate([self.positives, other.positives]), len(scores))
+        return AucSums(scores, positives, _sums(code, np.concatenate([self.negatives, other.negatives]), len(scores)))
 
     @property
     def value(self) -> float | None:
@@ -82,22 +81,25 @@ class Calibration:
 def calibration(
     p: Floats, reward: NDArray[np.floating], weight: NDArray[np.floating] | None = None, bins: int = 10
 ) -> Calibration:
-    """The reliability curve over bins of equal weight."""
+    """The reliability curve over bins of about equal weight; equal predictions share a bin."""
     weight = np.ones(len(p)) if weight is None else np.asarray(weight, dtype=np.float64)
-    order = np.argsort(p, kind="stable")
-    share = np.cumsum(weight[order]) / weight.sum()
-    code = np.empty(len(p), dtype=np.int64)
-    code[order] = np.minimum((share * bins - EPSILON).astype(np.int64), bins - 1)
-    mass = np.bincount(code, weight, bins)
+    distinct, tie = np.unique(p, return_inverse=True)
+    tied = _sums(tie, weight, len(distinct))
+    middle = (np.cumsum(tied) - 0.5 * tied) / tied.sum()
+    code = np.minimum((middle * bins).astype(np.int64), bins - 1)[tie]
+    mass = _sums(code, weight, bins)
     used = mass > 0
-    predicted = np.bincount(code, weight * p, bins)[used] / mass[used]
-    return Calibration(predicted, np.bincount(code, weight * reward, bins)[used] / mass[used], mass[used])
+    predicted, observed = (_sums(code, weight * x, bins)[used] / mass[used] for x in (p, reward))
+    return Calibration(predicted, observed, mass[used])
 
 
 def grouped_auc(
     score: Floats, reward: NDArray[np.floating], unit: NDArray[np.int64], weight: NDArray[np.floating] | None = None
 ) -> float | None:
-    """AUC within each user, weighted by the user's exposures (GAUC, Zhou et al. 2018); None if no user has both outcomes."""
+    """AUC within each user, weighted by the user's exposures (GAUC, Zhou et al. 2018).
+
+    `unit` codes users from 0. None if no user has both outcomes.
+    """
     weight = np.ones(len(score)) if weight is None else np.asarray(weight, dtype=np.float64)
     n_units = int(unit.max(initial=-1)) + 1
     positive, negative = np.bincount(unit, weight * reward, n_units), np.bincount(unit, weight * (1 - reward), n_units)
@@ -116,3 +118,7 @@ def grouped_auc(
     both = (positive > 0) & (negative > 0)
     exposures = (positive + negative)[both]
     return float((wins[both] / (positive * negative)[both] * exposures).sum() / exposures.sum())
+
+
+def _sums(code: NDArray[np.int64], weight: NDArray[np.floating], size: int) -> Floats:
+    return np.bincount(code, weight, size).astype(np.float64, copy=False)

@@ -1,10 +1,10 @@
 """The deep part of the CTR network, beside the tables of tables.py: a low-rank cross and a small joint hidden layer.
 
 Everything that depends on the variant alone is computed once per set of variants (`variant_side`) and everything that
-depends on user and context alone once per user (`user_side`); `score` joins them. The low-rank cross is the cross layer of
-DCN-V2 (Wang et al. 2021, arXiv 2008.13535, eq. 2) between the two sides. Several small heads with seeds of their own are
-averaged (a seed ensemble in one graph, as in TabM, Gorishniy et al. 2025, arXiv 2410.24210). Modules are pure: no files,
-no device, no seed.
+depends on user and context alone once per user (`user_side`); `score` joins them. The low-rank cross is the cross layer
+of DCN-V2 (Wang et al. 2021, arXiv 2008.13535, eq. 2) between the two sides. Several small heads with seeds of their own
+are averaged (a seed ensemble in one graph, as in TabM, Gorishniy et al. 2025, arXiv 2410.24210). Modules are pure: no
+files, no device, no seed.
 
 Axis letters: B users, N variants, F crossed fields, V numeric values, C crossed side columns, T crossed tags, M heads,
 H hidden width, K rank of the cross.
@@ -92,4 +92,3 @@ class DeepPart(nn.Module):
             hidden = functional.relu(user.additive[m, :, None] + variant.additive[m, None])  # (B, N, H)
             crossed = crossed + (hidden @ self.top[m]).squeeze(-1)
         return crossed / self.config.heads
-

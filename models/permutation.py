@@ -1,4 +1,4 @@
-"""A learner fast enough to be run a hundred times: one empirical-Bayes step of user × tag tables on a blind model's residuals.
+"""A learner fast enough for a hundred permutations: one empirical-Bayes step of user × tag tables on residuals.
 
 It answers one question: does the gain from user features vanish when whole rows of them are dealt to other users?
 """
@@ -74,7 +74,9 @@ class OneStep:
             error = 1.0 / np.maximum(curvatures.sum(axis=0) - curvatures[f], 1e-9)
             estimate = (gradients.sum(axis=0) - gradients[f]) * error
             error = error * self.inflation[self.layout.tag_dimension]
-            variance, gain = block_variances(estimate.ravel().astype(float), error.ravel().astype(float), block, n_blocks)
+            variance, gain = block_variances(
+                estimate.ravel().astype(float), error.ravel().astype(float), block, n_blocks
+            )
             variance[gain <= EVIDENCE_NATS] = 0.0
             shrink = variance[block].reshape(error.shape)
             out[rows[f]] = parts[f] @ (estimate * shrink / (shrink + error)).astype(np.float32)

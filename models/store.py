@@ -55,7 +55,9 @@ def load_network(folder: Path) -> CtrModel:
     if config.get("format") != FORMAT:
         raise InputError(f"{folder / CONFIG}: format {config.get('format')!r}, this version reads {FORMAT}; train anew")
     if hashlib.sha256(weights).hexdigest() != config["sha256"]:
-        raise InputError(f"{folder / WEIGHTS}: its hash is not the one in {CONFIG}: damaged or exchanged; copy both again")
+        raise InputError(
+            f"{folder / WEIGHTS}: its hash is not the one in {CONFIG}: damaged or exchanged; copy both again"
+        )
     arrays = load(weights)
     encoder = Encoder.from_json(json.dumps(config["encoder"]))
     indices, indptr = arrays["tags.indices"], arrays["tags.indptr"]
@@ -64,5 +66,7 @@ def load_network(folder: Path) -> CtrModel:
     pairs = tuple((a, b) for a, b in config["pairs"])
     layout = replace(layout, pairs=pairs)
     deep = DeepPart(DeepConfig(**config["deep"]))
-    deep.load_state_dict({k.removeprefix("deep."): torch.from_numpy(v) for k, v in arrays.items() if k.startswith("deep.")})
+    deep.load_state_dict(
+        {k.removeprefix("deep."): torch.from_numpy(v) for k, v in arrays.items() if k.startswith("deep.")}
+    )
     return CtrModel(Tables(layout, config["intercept"], **{n: arrays[n] for n in TABLE_ARRAYS}), deep, config["gate"])

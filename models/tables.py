@@ -1,18 +1,17 @@
 """The linear part of the network: main effects and cross tables, each shrunk by its own evidence.
 
-logit = intercept + side(user, context) + variant(tags) + crossed(user, context)ᵀ W tags. Every block of coefficients (a field,
-a dimension, a field × dimension table, a pair of fields or of dimensions, the variants' residuals) has a prior variance of
-its own, estimated from the log (empirical Bayes: type-II maximum likelihood, MacKay 1992; Tipping 2001), so that a block
-without evidence is exactly 0. numpy and scipy only; the deep part on top lives in networks.py.
+logit = intercept + side(user, context) + variant(tags) + crossed(user, context)ᵀ W tags. Every block of coefficients (a
+field, a dimension, a field × dimension table, a pair of fields or of dimensions, the variants' residuals) has a prior
+variance of its own, estimated from the log (empirical Bayes: type-II maximum likelihood, MacKay 1992; Tipping 2001), so
+that a block without evidence is exactly 0. numpy and scipy only; the deep part on top lives in networks.py.
 
-Axis letters: n rows, N variants, C crossed side columns (buckets and numeric values), P side columns (the crossed ones, then
-fields too large to cross, then cells of pairs of fields), M variant columns (tags, cells of pairs of dimensions, a residual
-per variant), T crossed tags, D crossed dimensions.
+Axis letters: n rows, N variants, C crossed side columns (buckets and numeric values), P side columns (the crossed ones,
+then fields too large to cross, then cells of pairs of fields), M variant columns (tags, cells of pairs of dimensions, a
+residual per variant), T crossed tags, D crossed dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,12 +24,13 @@ from scipy.sparse import csr_array, eye_array, hstack
 from scipy.special import expit, logit
 
 from kaleidoscope.encoding import Encoder, Features
-from models.batch import Examples, chunks
+from models.batch import CHUNK_ROWS, Examples, chunks
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 MAX_CROSSED = 1_000  # buckets of a field, or values of a dimension, that may take part in crosses
+MAX_CROSS_CELLS = 4_000_000  # C × T; above it fewer buckets may take part
 MAX_PAIR_CELLS = 20_000  # cells of a pair of fields or of dimensions
 EVIDENCE_NATS = 2.0  # marginal log likelihood that a table of pairs has to gain to be kept
 START_VARIANCE = 0.1  # of main effects, before there is evidence
@@ -41,6 +41,7 @@ NESTED_ROWS = 100_000  # looked at to see which fields determine one another
 CACHED_ROWS = 3_000_000  # up to here the encoded log is kept as sparse matrices
 REPEATING = 0.8  # units per row below which exposures of a unit are treated as dependent
 CLUSTER_ROWS = 200_000  # looked at to see how dependent
+CHUNK_CELLS = 8_000_000  # rows × tags looked at at once
 WORKERS = 2
 
 
@@ -69,7 +70,7 @@ class Layout:
                 blocks.append(np.full(sizes[a] * sizes[b], len(blocks)))
         designs.append(eye_array(tags.shape[0], format="csr", dtype=np.float32))
         blocks.append(np.full(tags.shape[0], len(blocks)))
-        crossed = [d for d, size in enumerate(sizes) if size <= MAX_CROSSED]
+        crossed = [d for d, size in enumerate(sizes) if size <= _largest_crossed(encoder)]
         dense = [of_dimension[d].toarray() for d in crossed]
         return cls(
             encoder,
@@ -82,7 +83,8 @@ class Layout:
     @cached_property
     def crossed_fields(self) -> list[int]:
         """Fields that take part in crosses with tags."""
-        return [i for i, f in enumerate(self.encoder.fields) if f.role != "group" and f.size <= MAX_CROSSED]
+        largest = _largest_crossed(self.encoder)
+        return [i for i, f in enumerate(self.encoder.fields) if f.role != "group" and f.size <= largest]
 
     @cached_property
     def other_fields(self) -> list[int]:
@@ -92,8 +94,8 @@ class Layout:
     @cached_property
     def crossed_sizes(self) -> Ints:
         """Columns of each crossed field and numeric value."""
-        fields = self.encoder.fields
-        return np.array([fields[i].size for i in self.crossed_fields] + [1] * len(self.encoder.numeric_fields), dtype=np.int64)
+        sizes = [self.encoder.fields[i].size for i in self.crossed_fields]
+        return np.array(sizes + [1] * len(self.encoder.numeric_fields), dtype=np.int64)
 
     @cached_property
     def other_sizes(self) -> Ints:
@@ -127,7 +129,9 @@ class Layout:
         start = np.cumsum([0, *self.other_sizes])
         columns = [features.codes[:, i].astype(np.int64) for i in self.other_fields]
         columns += [self.pair_codes(features, pair) for pair in self.pairs]
-        where = np.stack([c + s for c, s in zip(columns, start, strict=False)], axis=1) if columns else np.zeros((len(features), 0))
+        where = np.empty((len(features), len(columns)), dtype=np.int32)
+        for i, column in enumerate(columns):
+            where[:, i] = column + start[i]
         return _sparse(where, np.ones(where.shape, np.float32), int(start[-1]))
 
     def pair_codes(self, features: Features, pair: tuple[int, int]) -> Ints:
@@ -142,18 +146,37 @@ class Layout:
         """
         n_fields = len(self.crossed_fields)
         side = np.eye(len(self.crossed_sizes), dtype=bool)
-        side[:n_fields, :n_fields] = _determine([features.codes[:NESTED_ROWS, i].astype(np.int64) for i in self.crossed_fields])
+        looked_at = features.codes[:: max(1, len(features) // NESTED_ROWS)].astype(np.int64)
+        side[:n_fields, :n_fields] = _determine([looked_at[:, i] for i in self.crossed_fields])
         for value, field in enumerate(self.encoder.numeric_fields, start=n_fields):
-            bucket = self.crossed_fields.index(field)
-            side[value, bucket] = side[bucket, value] = True
-        tags = [self.crossed_tags[:, self.tag_dimension == d] for d in range(int(self.tag_dimension.max(initial=-1)) + 1)]
-        return side, _determine([np.unique(t, axis=0, return_inverse=True)[1].ravel().astype(np.int64) for t in tags])
+            if field in self.crossed_fields:
+                bucket = self.crossed_fields.index(field)
+                side[value, bucket] = side[bucket, value] = True
+        dimensions = range(int(self.tag_dimension.max(initial=-1)) + 1)
+        tags = [np.packbits(self.crossed_tags[:, self.tag_dimension == d] > 0, axis=1) for d in dimensions]
+        codes = [np.unique(t, axis=0, return_inverse=True)[1].ravel().astype(np.int64) for t in tags]
+        return side, _determine(codes)
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows whose tags are laid out at once."""
+        return int(np.clip(CHUNK_CELLS // max(1, self.crossed_tags.shape[1]), 1, CHUNK_ROWS))
 
 
 def _sparse(columns: NDArray[np.generic], data: NDArray[np.float32], width: int) -> csr_array:
     n, per_row = columns.shape
     indptr = np.arange(n + 1, dtype=np.int32) * per_row
     return csr_array((data.astype(np.float32).ravel(), columns.astype(np.int32).ravel(), indptr), shape=(n, width))
+
+
+def _largest_crossed(encoder: Encoder) -> int:
+    """The size up to which fields and dimensions are crossed: such that all crosses together stay affordable."""
+    sides = np.array([f.size for f in encoder.fields if f.role != "group"], dtype=np.int64)
+    tags = np.array([d.size for d in encoder.dimensions], dtype=np.int64)
+    largest = MAX_CROSSED
+    while sides[sides <= largest].sum() * tags[tags <= largest].sum() > MAX_CROSS_CELLS:
+        largest = largest * 4 // 5
+    return largest
 
 
 def _determine(codes: list[Ints]) -> NDArray[np.bool_]:
@@ -215,7 +238,7 @@ class Tables:
     def logits(self, features: Features, variant: Ints) -> Floats:
         """Click logits of one variant per row: (n,)."""
         of_variant, out = self.variant_logit, np.empty(len(features))
-        for rows in chunks(len(features)):
+        for rows in chunks(len(features), self.layout.chunk_rows):
             part = features.take(rows)
             taste = np.einsum("nt,nt->n", self.preferences(part), self.layout.crossed_tags[variant[rows]])
             out[rows] = self.side_logit(part) + of_variant[variant[rows]] + taste
@@ -227,10 +250,10 @@ def fit_tables(
 ) -> Tables:
     """Fit the linear part: L-BFGS for the coefficients, in turn with empirical Bayes for the variances of their blocks.
 
-    Main effects come first. Then, in each round, one pass over the log gives every coefficient its one-step estimate and
-    its error, from which the variance of its block follows; of the tables that want the same effect the one with the most
-    evidence enters first. `variants` and `crosses` switch off everything about tags, and everything but main effects.
-    With `start`, tables fitted to a part of these examples, one round brings them up to all.
+    Main effects come first. Then, in each round, one pass over the log gives every coefficient its one-step estimate
+    and its error, from which the variance of its block follows; of the tables that want the same effect the one with
+    the most evidence enters first. `variants` and `crosses` switch off everything about tags, and everything but main
+    effects. With `start`, tables fitted to a part of these examples, one round brings them up to all.
     """
     if start is not None:
         fit = _Fit(start.layout, examples, variants=variants, crosses=crosses)
@@ -272,7 +295,8 @@ class _Fit:
         self.first_variant, self.first_cross = n_side, n_side + n_variant
         self.n_blocks = self.first_cross + len(layout.crossed_sizes) * dimensions
         self.dimensions = dimensions
-        self.block = np.concatenate([layout.side_block, n_side + layout.variant_block, self.first_cross + table.ravel()])
+        blocks = [layout.side_block, n_side + layout.variant_block, self.first_cross + table.ravel()]
+        self.block = np.concatenate(blocks)
         self.shape = (layout.n_crossed, len(layout.tag_dimension))
         index = np.arange(self.n_blocks)
         n_dimension_blocks = len(layout.encoder.dimensions)
@@ -284,14 +308,15 @@ class _Fit:
             self.allowed[self.first_variant :] = False
         if not crosses:
             self.allowed &= self.main
+        self._tags = csr_array(layout.crossed_tags)
         self._squared = layout.variant_design.copy()
         self._squared.data **= 2
-        self._kept = list(self._build()) if len(examples) <= CACHED_ROWS else None
+        self._chunks = list(chunks(len(examples), layout.chunk_rows))
+        self._kept = [self._design(rows) for rows in self._chunks] if len(examples) <= CACHED_ROWS else None
 
-    def _build(self) -> Iterator[tuple[slice, csr_array, csr_array]]:
-        for rows in chunks(len(self.examples)):
-            part = self.examples.features.take(rows)
-            yield rows, self.layout.crossed(part), self.layout.other(part)
+    def _design(self, rows: slice) -> tuple[csr_array, csr_array]:
+        part = self.examples.features.take(rows)
+        return self.layout.crossed(part), self.layout.other(part)
 
     def _split(self, theta: Floats) -> tuple[Floats, Floats, NDArray[np.float32]]:
         p, m = len(self.layout.side_block), len(self.layout.variant_block)
@@ -299,14 +324,16 @@ class _Fit:
 
     def _pass(self, state: _State, *, curvature: bool) -> tuple[float, float, Floats, Floats]:
         """Loss, its gradient by the intercept, and minus gradient and curvature by theta, over the whole log."""
-        data, layout, c, n_variants = self.examples, self.layout, self.layout.n_crossed, self.layout.variant_design.shape[0]
+        data, layout, c = self.examples, self.layout, self.layout.n_crossed
+        n_variants = layout.crossed_tags.shape[0]
         side, variant, cross = self._split(state.theta)
         of_variant = layout.variant_design @ variant
         live = self._live_tags(state, every=curvature)
         tag_columns, cross = np.ascontiguousarray(layout.crossed_tags[:, live]), np.ascontiguousarray(cross[:, live])
 
-        def chunk(item: tuple[slice, csr_array, csr_array]) -> tuple[float, list[NDArray[np.floating]], list[NDArray[np.floating]]]:
-            rows, near, far = item
+        def chunk(i: int) -> tuple[float, list[Floats], list[Floats]]:
+            rows = self._chunks[i]
+            near, far = self._kept[i] if self._kept is not None else self._design(rows)
             v, y, w = data.variant[rows], data.reward[rows], data.weight[rows]
             eta = (state.intercept + near @ side[:c] + far @ side[c:] + of_variant[v]).astype(np.float32)
             tags = tag_columns[v] if cross.size else None
@@ -315,33 +342,35 @@ class _Fit:
             p = expit(eta)
             loss = float(w @ (np.logaddexp(np.float32(0), eta) - y * eta))
             residual = (w * (y - p)).astype(np.float32)
-            first = [near.T @ residual, far.T @ residual, np.bincount(v, residual, n_variants)]
+            first: list[Floats] = [near.T @ residual, far.T @ residual, _sums(v, residual, n_variants)]
             first += [near.T @ (residual[:, None] * tags)] if tags is not None else []
-            second: list[NDArray[np.floating]] = []
+            second: list[Floats] = []
             if curvature:
                 h = (w * p * (1 - p)).astype(np.float32)
                 near2 = near.power(2)
-                second = [near2.T @ h, far.T @ h, np.bincount(v, h, n_variants)]
+                second = [near2.T @ h, far.T @ h, _sums(v, h, n_variants)]
                 second += [near2.T @ (h[:, None] * tags**2)] if tags is not None else []
             return loss, first, second
 
-        loss, first, second = 0.0, None, None
+        loss = 0.0
+        first: list[Floats] = []
+        second: list[Floats] = []
         with ThreadPoolExecutor(WORKERS) as pool:
-            for part_loss, part_first, part_second in pool.map(chunk, self._kept or self._build()):
+            for part_loss, part_first, part_second in pool.map(chunk, range(len(self._chunks))):
                 loss += part_loss
-                first = part_first if first is None else [a + b for a, b in zip(first, part_first, strict=True)]
-                second = part_second if second is None else [a + b for a, b in zip(second, part_second, strict=True)]
-        assert first is not None
-        assert second is not None
+                first = [a + b for a, b in zip(first, part_first, strict=True)] if first else part_first
+                second = [a + b for a, b in zip(second, part_second, strict=True)] if second else part_second
         gradient = self._gather(first, layout.variant_design, live)
         return loss, float(first[2].sum()), gradient, self._gather(second, self._squared, live)
 
     def _live_tags(self, state: _State, *, every: bool) -> Ints:
         """Tag columns that some table uses, or `every` one that may be used."""
-        tables = (self.allowed if every else state.variance > 0)[self.first_cross :].reshape(-1, self.dimensions)
-        return np.flatnonzero(tables.any(axis=0)[self.layout.tag_dimension])
+        used: NDArray[np.bool_] = self.allowed if every else np.asarray(state.variance > 0)
+        tables = used[self.first_cross :].reshape(len(self.layout.crossed_sizes), self.dimensions)
+        live: NDArray[np.bool_] = np.asarray(tables.any(axis=0))
+        return np.flatnonzero(live[self.layout.tag_dimension])
 
-    def _gather(self, sums: list[NDArray[np.floating]], design: csr_array, live: Ints) -> Floats:
+    def _gather(self, sums: list[Floats], design: csr_array, live: Ints) -> Floats:
         if not sums:
             return np.zeros(0)
         cross = np.zeros(self.shape)
@@ -354,7 +383,7 @@ class _Fit:
         return self._pass(state, curvature=True)[2:]
 
     def solve(self, state: _State, curvature: Floats, iterations: int = ITERATIONS) -> _State:
-        """Coefficients of the highest posterior density under the present variances, by L-BFGS scaled with the curvature."""
+        """Coefficients of highest posterior density under these variances, by L-BFGS scaled with the curvature."""
         on = np.flatnonzero(state.variance[self.block] > 0)
         precision = 1.0 / state.variance[self.block[on]]
         scale = 1.0 / np.sqrt(curvature[on] + precision)
@@ -391,7 +420,7 @@ class _Fit:
         variance, gain = block_variances(one_step, error, self.block, self.n_blocks)
         variance[~self.allowed | ~(self.main | (gain > EVIDENCE_NATS))] = 0.0
         fresh = np.flatnonzero((variance > 0) & (state.variance == 0) & (np.arange(self.n_blocks) >= self.first_cross))
-        entered: list[int] = []
+        entered: list[tuple[int, int]] = []
         for block in fresh[np.argsort(-gain[fresh], kind="stable")]:
             row, column = divmod(int(block) - self.first_cross, self.dimensions)
             if any(self._rivals[0][row, r] and self._rivals[1][column, c] for r, c in entered):
@@ -405,9 +434,10 @@ class _Fit:
         return _State(state.intercept, theta, variance / design_effect), curvature, bool(entered)
 
     def _design_effect(self, state: _State) -> Floats:
-        """Per block, how many times larger the variance of its gradients is than if exposures of a unit were independent.
+        """Per block, the variance of its gradients relative to what it were if a unit's exposures were independent.
 
-        A user seen twenty times is not twenty users: without this, every field that tells users apart looks like evidence.
+        A user seen twenty times is not twenty users: without this, every field that tells users apart looks like
+        evidence.
         """
         effect, data = np.ones(self.n_blocks), self.examples
         units, unit = np.unique(data.unit, return_inverse=True)
@@ -436,11 +466,10 @@ class _Fit:
         """Set the design effects of a side block and of its tables."""
         effect[block] = _inflation(cell, residual)
         groups, group = np.unique(cell, return_inverse=True)
-        shape = (len(groups), self.layout.crossed_tags.shape[0])
-        tags = self.layout.crossed_tags
-        together = np.asarray(csr_array((residual, (group, variant)), shape=shape) @ tags)
-        alone = np.bincount(variant, residual**2, shape[1]) @ tags**2
-        of_dimension = np.bincount(self.layout.tag_dimension, (together**2).sum(axis=0), self.dimensions)
+        shape = (len(groups), self._tags.shape[0])
+        together = csr_array((residual, (group, variant)), shape=shape) @ self._tags
+        alone = np.bincount(variant, residual**2, shape[1]) @ self.layout.crossed_tags**2
+        of_dimension = np.bincount(self.layout.tag_dimension[together.indices], together.data**2, self.dimensions)
         alone = np.maximum(np.bincount(self.layout.tag_dimension, alone, self.dimensions), 1e-12)
         start = self.first_cross + block * self.dimensions
         effect[start : start + self.dimensions] = np.maximum(of_dimension / alone, 1.0)
@@ -477,6 +506,10 @@ class _Fit:
             state.variance[self.first_variant : self.first_cross],
             state.variance[self.first_cross :].reshape(len(self.layout.crossed_sizes), self.dimensions),
         )
+
+
+def _sums(code: Ints, weight: NDArray[np.floating], size: int) -> Floats:
+    return np.bincount(code, weight, size).astype(np.float64, copy=False)
 
 
 def _inflation(cell: Ints, residual: Floats) -> float:

@@ -1,14 +1,15 @@
-"""Fitting the CTR network: the tables first, then the deep part on top, kept only as far as held-out units ask for it."""
+"""Fitting the CTR network: the tables first, then the deep part on top, as far as held-out units ask for it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 from scipy.sparse import csr_array
-from scipy.special import expit
+from scipy.special import expit, logit
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,6 +21,8 @@ from models.tables import Layout, Tables, fit_tables
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+SCORE_CELLS = 8_000_000  # users × variants × hidden width scored at once
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class TrainConfig:
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
     batch_rows: int = 8_192  # at most; small logs take smaller ones
-    batches: int = 100  # at least so many in an epoch
-    epochs: int = 20  # at most
+    batches: int = 40  # about so many in an epoch of a small log
+    epochs: int = 15  # at most
     patience: int = 2  # epochs without a better held-out loss
 
 
@@ -69,13 +72,14 @@ class CtrModel:
 
     def rank(self, features: Features, variants: Ints | None = None) -> NDArray[np.float32]:
         """Click logits of every variant (or of these) for every user: (n, N)."""
-        scores = self.tables.rank(features, variants)
+        scores, layout = self.tables.rank(features, variants), self.tables.layout
         if self.gate:
-            tags = self.tables.layout.crossed_tags
+            tags = layout.crossed_tags if variants is None else layout.crossed_tags[variants]
             with torch.no_grad():
-                shown = self.deep.variant_side(torch.from_numpy(tags if variants is None else tags[variants]))
-                users = self.deep.user_side(*_columns(self.tables.layout, features))
-                scores += self.gate * self.deep.score(users, shown).numpy()
+                shown = self.deep.variant_side(torch.from_numpy(tags))
+                for rows in chunks(len(features), max(1, SCORE_CELLS // (len(tags) * self.deep.config.width))):
+                    users = self.deep.user_side(*_columns(layout, features.take(rows)))
+                    scores[rows] += self.gate * self.deep.score(users, shown).numpy()
         return scores
 
     def for_variants(self, tags: csr_array, known: Ints) -> CtrModel:
@@ -96,7 +100,10 @@ def fit_network(
     train, held = examples.split(config.held_out, seed)
     tables = fit_tables(train, encoder)
     deep, gate = fit_deep(train, held, tables, config=config, seed=seed, progress=progress)
-    return CtrModel(fit_tables(examples, encoder, start=tables), deep, gate)
+    model = CtrModel(fit_tables(examples, encoder, start=tables), deep, gate)
+    rate = float(np.average(examples.reward, weights=examples.weight))
+    shift = _shift(model.logits(examples.features, examples.variant), examples.weight, rate)
+    return replace(model, tables=replace(model.tables, intercept=model.tables.intercept + shift))
 
 
 def fit_deep(
@@ -108,9 +115,7 @@ def fit_deep(
     Returns the best epoch's weights and gate; the gate is 0 unless the held-out gain exceeds its standard error.
     """
     layout, generator = tables.layout, torch.Generator().manual_seed(seed)
-    deep = DeepPart(
-        DeepConfig(layout.n_crossed, layout.crossed_tags.shape[1], config.heads, config.width, config.rank)
-    )
+    deep = DeepPart(DeepConfig(layout.n_crossed, layout.crossed_tags.shape[1], config.heads, config.width, config.rank))
     deep.initialise(generator)
     if not layout.n_crossed or not len(held) or layout.crossed_tags.shape[1] == 0:
         return deep, 0.0
@@ -118,29 +123,30 @@ def fit_deep(
     offset = torch.from_numpy(tables.logits(train.features, train.variant).astype(np.float32))
     reward, weight = torch.from_numpy(train.reward), torch.from_numpy(train.weight.astype(np.float32))
     variant = torch.from_numpy(train.variant)
+    columns, data = _columns(layout, train.features)
     mean_weight = float(weight.mean())
-    batch_rows = int(np.clip(len(train) // config.batches, 64, config.batch_rows))
+    batch_rows = int(np.clip(len(train) // config.batches, 128, config.batch_rows))
     optimiser = torch.optim.AdamW(deep.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     base = tables.logits(held.features, held.variant)
-    best_gain, best_gate, best_state, waited = 0.0, 0.0, deep.state_dict(), 0
+    best_gain, best_gate, best_state, waited = 0.0, 0.0, _copy(deep), 0
     for epoch in range(config.epochs):
         order = torch.randperm(len(train), generator=generator)
         for start in range(0, len(train), batch_rows):
             rows = order[start : start + batch_rows]
-            users = deep.user_side(*_columns(layout, train.features.take(rows.numpy())))
+            users = deep.user_side(columns[rows], data[rows])
             shown = deep.variant_side(tags[variant[rows]])
             logits = offset[rows] + deep.pairs(users, shown)  # (M, B)
             loss = functional.binary_cross_entropy_with_logits(
                 logits, reward[rows].expand_as(logits), weight=(weight[rows] / mean_weight).expand_as(logits)
             )
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             progress.advance((epoch + min(start + batch_rows, len(train)) / len(train)) / config.epochs)
         gain, gate = _best_gate(held, base, deep_logits(deep, layout, held.features, held.variant))
         if gain > best_gain:
             best_gain, best_gate, waited = gain, gate, 0
-            best_state = {name: value.clone() for name, value in deep.state_dict().items()}
+            best_state = _copy(deep)
         elif (waited := waited + 1) >= config.patience:
             break
     deep.load_state_dict(best_state)
@@ -152,13 +158,27 @@ GATES = (0.25, 0.5, 0.75, 1.0)
 
 def _best_gate(held: Examples, base: Floats, deep: Floats) -> tuple[float, float]:
     """The held-out log-loss gain (nats, beyond its standard error by unit) of the best gate, and that gate."""
-    best = (0.0, 0.0)
+    best, unit = (0.0, 0.0), np.unique(held.unit, return_inverse=True)[1]
+    rate = float(np.average(expit(base), weights=held.weight))
     for gate in GATES:
-        gain = held.weight * (_log_loss(base, held.reward) - _log_loss(base + gate * deep, held.reward))
-        per_unit = np.bincount(held.unit, gain)
+        logits = base + gate * deep
+        logits += _shift(logits, held.weight, rate)  # the held-out units' mean is luck, and no reason for a deep part
+        gain = held.weight * (_log_loss(base, held.reward) - _log_loss(logits, held.reward))
+        per_unit = np.bincount(unit, gain)
         excess = float(per_unit.sum() - np.sqrt((per_unit**2).sum()))
         best = max(best, (excess, gate))
     return best
+
+
+def _shift(logits: Floats, weight: Floats, rate: float) -> float:
+    """What to add to the logits to make their mean probability `rate`."""
+    rate = float(np.clip(rate, 1e-6, 1 - 1e-6))
+    low, high = float(logit(rate) - logits.max()), float(logit(rate) - logits.min())
+    return float(brentq(lambda s: np.average(expit(logits + s), weights=weight) - rate, low - 1e-6, high + 1e-6))
+
+
+def _copy(deep: DeepPart) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in deep.state_dict().items()}
 
 
 def _log_loss(logits: Floats, reward: NDArray[np.float32]) -> Floats:
@@ -180,5 +200,5 @@ def deep_logits(deep: DeepPart, layout: Layout, features: Features, variant: Int
 def _columns(layout: Layout, features: Features) -> tuple[Tensor, Tensor]:
     """Crossed side columns that are set for each user, and their values: (n, F + V) each."""
     design = layout.crossed(features)
-    shape = (len(features), -1)
+    shape = (len(features), len(layout.crossed_sizes))
     return torch.from_numpy(design.indices.reshape(shape)), torch.from_numpy(design.data.reshape(shape))

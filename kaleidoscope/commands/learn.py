@@ -1,4 +1,4 @@
-"""`kaleidoscope learn`: from an impression log to a verdict. Reads, checks, cross-fits, values, and writes the report."""
+"""`kaleidoscope learn`: from an impression log to a verdict. Reads, checks, cross-fits, values, writes the report."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ from kaleidoscope.policy_value import (
     verdict,
 )
 from kaleidoscope.progress import Progress
-from kaleidoscope.settings import Settings
 from kaleidoscope.vocabulary import Level, Policy
 from models.baselines import LightGbm
 from models.batch import Examples
@@ -60,9 +59,17 @@ PERMUTED_PAIRS = 30_000_000  # (row, variant) scores per permutation
 
 
 def run_learn(
-    log_path: Path, schema_path: Path, out_dir: Path, *, settings: Settings, seed: int, progress: Progress
+    log_path: Path,
+    schema_path: Path,
+    out_dir: Path,
+    *,
+    seed: int,
+    progress: Progress,
+    simulated: bool = False,
 ) -> dict[str, object]:
     """Learn from the log at `log_path` and write `out_dir`/summary.json and report.html; returns the summary.
+
+    `simulated` marks the report.
 
     Raises SchemaError or LogError where the input cannot be used; then nothing is written.
     """
@@ -70,7 +77,7 @@ def run_learn(
     with clock("read"):
         schema = read_schema(schema_path)
         log = read_log(log_path, schema)
-    summary, evidence = learn(log, schema, seed=seed, clock=clock)
+    summary, evidence = learn(log, schema, seed=seed, clock=clock, simulated=simulated)
     _write(out_dir, summary, render_report(summary, evidence))
     return summary
 
@@ -184,7 +191,11 @@ def _cross_fit(
     policies += [Policy.BEST_PER_CONTEXT] if schema.context else []
     policies += [Policy.PERSONALISED] if schema.user else []
     out = _CrossFit(
-        np.empty(n), np.empty(n), {p: np.empty(n, np.int64) for p in policies}, {p: np.empty(n) for p in policies}, np.empty(n)
+        np.empty(n),
+        np.empty(n),
+        {p: np.empty(n, np.int64) for p in policies},
+        {p: np.empty(n) for p in policies},
+        np.empty(n),
     )
     blind_examples, blind_encoder = examples.only(encoder, "context", "group")
     for f in range(k):
@@ -200,26 +211,37 @@ def _cross_fit(
         out.network_logit[held] = network.logits(examples.features.take(held), examples.variant[held])
         out.blind_logit[held] = blind.logits(blind_examples.features.take(held), examples.variant[held])
         for policy in policies:
-            model, seen = rankers[policy]
-            pick = greedy(lambda r, v, m=model, s=seen: m.rank(s.features.take(r), v), support, held)
+            pick = greedy(_ranker(*rankers[policy]), support, held)
             out.chosen[policy][held] = pick.chosen
             out.q_chosen[policy][held] = expit(network.logits(examples.features.take(held), pick.chosen))
-        every = greedy(lambda r, v: expit(network.rank(examples.features.take(r), v)), support, held)
-        out.q_uniform[held] = every.q_uniform
+        out.q_uniform[held] = greedy(_ranker(network, examples, expit), support, held).q_uniform
         out.blind.append(blind)
         out.networks.append(network)
         advance((f + 1) / k)
     return out
 
 
+def _ranker(
+    model: CtrModel | Tables, examples: Examples, link: Callable[[Any], Any] = lambda logits: logits
+) -> Callable[[Ints, Ints], NDArray[np.float32]]:
+    """Scores (r, m) of `variants` (m,) for the users of `rows` (r,), as `greedy` asks for them."""
+
+    def rank(rows: Ints, variants: Ints) -> NDArray[np.float32]:
+        return np.asarray(link(model.rank(examples.features.take(rows), variants)))
+
+    return rank
+
+
 def _judge(
     examples: Examples, encoder: Encoder, fold: Ints, fitted: _CrossFit, schema: LogSchema, *, seed: int
 ) -> dict[str, object]:
-    """AUC, log loss and calibration error of the network on held-out units, and the AUC of simpler models on the same."""
+    """Held-out AUC, log loss and calibration error of the network, and the AUC of simpler models on the same units."""
     k = int(fold.max()) + 1
     judged = range(k if len(examples) <= ALL_FOLDS_JUDGED else 1)
     p = expit(fitted.network_logit)
-    aucs: dict[str, list[float | None]] = {name: [] for name in ("network", "user_only", "variant_only", "main_effects", "lightgbm")}
+    aucs: dict[str, list[float | None]] = {
+        name: [] for name in ("network", "user_only", "variant_only", "main_effects", "lightgbm")
+    }
     for f in judged:
         train, held = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
         reward, weight = examples.reward[held], examples.weight[held]
@@ -227,9 +249,9 @@ def _judge(
         def auc(score: Floats, reward: NDArray[np.float32] = reward, weight: Floats = weight) -> float | None:
             return AucSums.of(score, reward, weight).value
 
-        def tables(*roles: Any, train: Ints = train, held: Ints = held, **options: bool) -> Floats:
+        def tables(*roles: Any, train: Ints = train, held: Ints = held, variants: bool = True) -> Floats:
             narrow, narrow_encoder = examples.only(encoder, *roles)
-            model = fit_tables(narrow.take(train), narrow_encoder, crosses=False, **options)
+            model = fit_tables(narrow.take(train), narrow_encoder, crosses=False, variants=variants)
             return model.logits(narrow.features.take(held), examples.variant[held])
 
         aucs["network"].append(auc(fitted.network_logit[held]))
@@ -276,7 +298,10 @@ def _value(log: Log, examples: Examples, support: Support, fitted: _CrossFit, n_
         scores,
         {policy: estimate(s, n_folds) for policy, s in scores.items()},
         gains_over_simpler(scores, n_folds),
-        {p: {"ips": estimate(ips_scores(w), n_folds), "snips": estimate(snips_scores(w), n_folds)} for p, w in weights.items()},
+        {
+            p: {"ips": estimate(ips_scores(w), n_folds), "snips": estimate(snips_scores(w), n_folds)}
+            for p, w in weights.items()
+        },
     )
 
 
@@ -386,8 +411,8 @@ def _findings(mismatch: Srm | None, independence: Independence, *, has_claim: bo
         yield Check(
             "sample_ratio_mismatch",
             Level.ERROR,
-            f"Variants were not shown in their designed shares (p = {mismatch.p_value:.2g}): the randomisation or the logging is "
-            "broken, and every number below may be biased. Find the cause, or drop the affected rows, before acting on them.",
+            f"Variants were not shown in their designed shares (p = {mismatch.p_value:.2g}): the randomisation or the "
+            "logging is broken, and every number may be biased. Find the cause, or drop the affected rows, first.",
         )
     if independence.dependent:
         yield Check(
@@ -397,8 +422,8 @@ def _findings(mismatch: Srm | None, independence: Independence, *, has_claim: bo
             + (
                 "The log's propensities account for it."
                 if has_claim
-                else "Without logged propensities no policy's value can be claimed: log P(variant) with each exposure, or show "
-                "variants at random to a share of the traffic."
+                else "Without logged propensities no policy's value can be claimed: log P(variant) with each exposure, "
+                "or show variants at random to a share of the traffic."
             ),
         )
 
@@ -429,7 +454,8 @@ def _evidence(
         simulated=simulated,
         calibration=list(zip(curve.predicted.tolist(), curve.observed.tolist(), curve.weight.tolist(), strict=True)),
         other_estimators={
-            str(policy): {name: _numbers(found) for name, found in others.items()} for policy, others in values.others.items()
+            str(policy): {name: _numbers(found) for name, found in others.items()}
+            for policy, others in values.others.items()
         },
         assumption=last.assumption if last else "the propensities are right",
         method=last.method if last else f"dr, {values.weighting}",

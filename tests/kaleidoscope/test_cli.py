@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,16 +15,21 @@ from types import ModuleType
 import pytest
 
 from kaleidoscope import cli
+from kaleidoscope.advice import verdict_sentence
 from kaleidoscope.errors import InputError, JobError, LogError
 from kaleidoscope.progress import Progress
-from kaleidoscope.settings import Settings
+from kaleidoscope.vocabulary import Verdict
 
 HEAVY = ["duckdb", "feast", "interpret", "lightgbm", "matplotlib", "mlflow", "numpy", "pandas", "pyarrow", "scipy"]
-HEAVY += ["sklearn", "torch"]
+HEAVY += ["jinja2", "sklearn", "torch"]
 
 VALUE = {"value": 0.0312, "se": 0.0004, "ci_low": 0.0304, "ci_high": 0.0320, "ess": 12_345.0}
 SUMMARY: dict[str, object] = {
     "rows": 1000,
+    "variants": 4,
+    "positive_rate": 0.03,
+    "srm": None,
+    "exposure_independence": {"p_value": 0.4, "dependent": False},
     "checks": [
         {"code": "duplicated_rows", "level": "warning", "message": "74 rows are there twice"},
         {"code": "rows_read", "level": "info", "message": "1,000 rows"},
@@ -48,13 +54,19 @@ class Job:
     asked: dict[str, object] = field(default_factory=dict)
 
     def learn(
-        self, log_path: Path, schema_path: Path, out_dir: Path, *, settings: Settings, seed: int, progress: Progress
+        self, log_path: Path, schema_path: Path, out_dir: Path, *, seed: int, progress: Progress
     ) -> dict[str, object]:
-        self.asked = {"log": log_path, "schema": schema_path, "out": out_dir, "settings": settings, "seed": seed}
+        self.asked = {
+            "log": log_path,
+            "schema": schema_path,
+            "out": out_dir,
+            "seed": seed,
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+        }
         return self._work(progress)
 
-    def demo(self, out_dir: Path, *, rows: int, settings: Settings, seed: int, progress: Progress) -> dict[str, object]:
-        self.asked = {"out": out_dir, "rows": rows, "settings": settings, "seed": seed}
+    def demo(self, out_dir: Path, *, rows: int, seed: int, progress: Progress) -> dict[str, object]:
+        self.asked = {"out": out_dir, "rows": rows, "seed": seed}
         return self._work(progress)
 
     def _work(self, progress: Progress) -> dict[str, object]:
@@ -108,20 +120,33 @@ def run(job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     return run
 
 
-def test_learn_passes_on_what_it_was_given(run: Run, job: Job, files: list[str], tmp_path: Path) -> None:
+def test_learn_passes_on_what_it_was_given(
+    run: Run, job: Job, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert run("learn", *files, "--seed", "7").code == 0
     assert job.asked == {
         "log": tmp_path / "log.csv",
         "schema": tmp_path / "schema.yaml",
         "out": tmp_path / "out",
-        "settings": Settings(),
         "seed": 7,
+        "threads": None,
     }
+
+
+def test_the_numerical_libraries_are_told_how_many_threads_to_use(
+    run: Run, job: Job, files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        monkeypatch.setenv(f"{library}_NUM_THREADS", "64")  # put back after the test
+    monkeypatch.setenv("KALEIDOSCOPE_THREADS", "3")
+    assert run("learn", *files).code == 0
+    assert job.asked["threads"] == "3"
 
 
 def test_demo_passes_on_what_it_was_given(run: Run, job: Job, tmp_path: Path) -> None:
     assert run("demo", "--no-serve", "--rows", "5000", "--out", str(tmp_path), "--json").code == 0
-    assert job.asked == {"out": tmp_path, "rows": 5000, "settings": Settings(), "seed": 0}
+    assert job.asked == {"out": tmp_path, "rows": 5000, "seed": 0}
 
 
 def test_the_seed_comes_from_the_settings_unless_given(
@@ -140,18 +165,21 @@ def test_people_get_values_verdict_auc_warnings_and_the_reports_path(run: Run, f
     assert "0.0312" in ran.out and "[0.0304, 0.0320]" in ran.out and "12,345" in ran.out
     assert "too little data" in ran.out
     assert "Gain of personalising over best single: +0.0100 [+0.0060, +0.0140], permutation p = 0.01" in ran.out
-    assert "Personalise: choosing the variant for each user is worth it." in ran.out
+    assert verdict_sentence(SUMMARY) in ran.out
     assert "AUC on held-out units: 0.761 (user only 0.580, variant only 0.730, main effects 0.750)" in ran.out
     assert "warning (duplicated_rows): 74 rows are there twice" in ran.out
     assert "1,000 rows" not in ran.out
     assert f"Report: {Path(files[-1]) / 'report.html'}" in ran.out
 
 
-@pytest.mark.parametrize("verdict", list(cli.Verdict))
-def test_people_get_a_sentence_for_every_verdict(run: Run, job: Job, files: list[str], verdict: str) -> None:
+@pytest.mark.parametrize("verdict", list(Verdict))
+def test_people_get_a_sentence_for_every_verdict(
+    run: Run, job: Job, files: list[str], monkeypatch: pytest.MonkeyPatch, verdict: Verdict
+) -> None:
     job.result = {**SUMMARY, "verdict": verdict, "personalisation_gain": None, "model": None}
+    monkeypatch.setenv("COLUMNS", "500")
     ran = run("learn", *files)
-    assert cli.ADVICE[cli.Verdict(verdict)] in ran.out
+    assert verdict_sentence(job.result) in ran.out
     assert "AUC on held-out units: unknown" in ran.out
 
 

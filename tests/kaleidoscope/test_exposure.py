@@ -238,19 +238,19 @@ def a_world(tmp_path: Path, seed: int, n: int, policy: str, repeat: int = 1) -> 
 
 @pytest.mark.parametrize("policy", ["user", "crossed", "user and context"])
 def test_a_policy_that_looks_at_the_user_is_seen(tmp_path: Path, policy: str) -> None:
-    found = exposure_independence(a_world(tmp_path, 0, 6000, policy, repeat=4))
+    found = exposure_independence(a_world(tmp_path, 0, 4000, policy, repeat=2))
     assert found.dependent and found.p_value == pytest.approx(0.01)
     assert max(found.gain, key=found.gain.__getitem__) in ("copy", "variant_id") and found.gain["layout"] < 0.002
 
 
-@pytest.mark.parametrize(("policy", "repeat"), [("context", 1), ("context", 4), ("sticky", 4)])
+@pytest.mark.parametrize(("policy", "repeat"), [("context", 1), ("sticky", 4)])
 def test_a_policy_that_does_not_is_not(tmp_path: Path, policy: str, repeat: int) -> None:
     p_values = []
-    for seed in range(6):
+    for seed in range(20):
         found = exposure_independence(a_world(tmp_path, seed, 1200, policy, repeat), permutations=19, seed=seed)
         assert not found.dependent
         p_values.append(found.p_value)
-    assert np.mean([p is not None and p <= 0.05 for p in p_values]) <= 0.34
+    assert np.mean([p is not None and p <= 0.05 for p in p_values]) <= 0.2
 
 
 def test_without_user_columns_there_is_nothing_to_test(tmp_path: Path) -> None:
