@@ -51,9 +51,7 @@ def main() -> None:
         print(json.dumps(measure(args.one[0], int(args.one[1]), int(args.one[2]), hide=args.hide)))
         return
     figures: list[dict[str, Any]] = []
-    print(
-        f"{'rows':>9} {'seed':>4} {'model':<17} {'seconds':>8} {'rows/s':>9} {'GiB':>5} {'AUC':>7} {'log loss':>8} {'of oracle':>9}"
-    )
+    print("     rows seed model              seconds    rows/s   GiB     AUC log loss of oracle")
     for rows in args.rows:
         for seed in args.seeds:
             for name in args.models:
@@ -70,7 +68,8 @@ def main() -> None:
                 f = json.loads(done.stdout.splitlines()[-1])
                 figures.append(f)
                 print(
-                    f"{rows:>9,} {seed:>4} {name:<17} {f['fit_s']:>8.1f} {f['rows_per_s']:>9,.0f} {f['peak_gib']:>5.2f} "
+                    f"{rows:>9,} {seed:>4} {name:<17} {f['fit_s']:>8.1f} {f['rows_per_s']:>9,.0f} "
+                    f"{f['peak_gib']:>5.2f} "
                     f"{f['auc']:>7.4f} {f['logloss']:>8.5f} {f['share_of_oracle']:>9.3f}"
                     + (f"   AUC seen {f['auc_seen']:.4f}, hidden {f['auc_hidden']:.4f}" if args.hide else ""),
                     flush=True,

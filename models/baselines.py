@@ -14,7 +14,7 @@ from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 
 from kaleidoscope.encoding import Encoder, Features
-from models.batch import Examples, chunks
+from models.batch import Examples, chunks, threads
 from models.tables import Layout, block_variances
 
 Floats = NDArray[np.float64]
@@ -103,6 +103,7 @@ class LightGbm:
             "verbose": -1,
             "seed": seed,
             "deterministic": True,
+            "num_threads": threads(len(examples)),
             "force_row_wise": True,
         }
         if len(sets) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from kaleidoscope.encoding import Encoder, Features, Role
 from kaleidoscope.log import Log
 
 CHUNK_ROWS = 32_768
+THREADED_ROWS = 500_000
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,9 @@ def chunks(n: int, size: int = CHUNK_ROWS) -> Iterator[slice]:
     """Slices that cover range(n)."""
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
+
+
+def threads(rows: int) -> int:
+    """Threads worth starting for work over so many rows: in small steps they wait for each other longer than they work,
+    the more so beside other processes."""
+    return 1 if rows < THREADED_ROWS else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""A network on disk: `network.safetensors` and `network.json` with its hash. Nothing is ever pickled."""
+"""A network on disk: `network.safetensors`, and `network.json` with the hashes of both. Nothing is ever pickled."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def save_network(model: CtrModel, folder: Path) -> None:
     arrays |= {"tags.indices": tags.indices, "tags.indptr": tags.indptr}
     arrays |= {f"deep.{name}": value.numpy() for name, value in model.deep.state_dict().items()}
     weights = save(arrays)
-    config = {
+    config: dict[str, Any] = {
         "format": FORMAT,
         "sha256": hashlib.sha256(weights).hexdigest(),
         "encoder": json.loads(layout.encoder.to_json()),
@@ -42,18 +43,26 @@ def save_network(model: CtrModel, folder: Path) -> None:
         "deep": asdict(model.deep.config),
     }
     (folder / WEIGHTS).write_bytes(weights)
-    (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config | {"config_sha256": _hash(config)}, indent=1), encoding="utf-8")
+
+
+def _hash(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def load_network(folder: Path) -> CtrModel:
     """Read what `save_network` wrote. Raises InputError if a file is missing, foreign or not the one that was saved."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         weights = (folder / WEIGHTS).read_bytes()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no network there ({error}); save one with `save_network`") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"{folder / CONFIG}: no network there ({error}); train one, or copy both files again"
+        ) from error
     if config.get("format") != FORMAT:
         raise InputError(f"{folder / CONFIG}: format {config.get('format')!r}, this version reads {FORMAT}; train anew")
+    if config.pop("config_sha256", None) != _hash(config):
+        raise InputError(f"{folder / CONFIG}: its content is not what its hash says: damaged or edited; copy it again")
     if hashlib.sha256(weights).hexdigest() != config["sha256"]:
         raise InputError(
             f"{folder / WEIGHTS}: its hash is not the one in {CONFIG}: damaged or exchanged; copy both again"

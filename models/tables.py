@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.sparse import csr_array, eye_array, hstack
 from scipy.special import expit, logit
+from threadpoolctl import threadpool_limits
 
 from kaleidoscope.encoding import Encoder, Features
 from models.batch import CHUNK_ROWS, Examples, chunks
@@ -246,23 +247,36 @@ class Tables:
 
 
 def fit_tables(
-    examples: Examples, encoder: Encoder, *, variants: bool = True, crosses: bool = True, start: Tables | None = None
+    examples: Examples,
+    encoder: Encoder,
+    *,
+    variants: bool = True,
+    crosses: bool = True,
+    start: Tables | None = None,
+    offset: Floats | None = None,
 ) -> Tables:
     """Fit the linear part: L-BFGS for the coefficients, in turn with empirical Bayes for the variances of their blocks.
 
     Main effects come first. Then, in each round, one pass over the log gives every coefficient its one-step estimate
     and its error, from which the variance of its block follows; of the tables that want the same effect the one with
     the most evidence enters first. `variants` and `crosses` switch off everything about tags, and everything but main
-    effects. With `start`, tables fitted to a part of these examples, one round brings them up to all.
+    effects. With `start`, tables fitted to a part of these examples, one round brings them up to all, beside an
+    `offset` (n,) of the logits that something else contributes.
     """
-    if start is not None:
-        fit = _Fit(start.layout, examples, variants=variants, crosses=crosses)
-        state, curvature, _ = fit.weigh(fit.state(start))
+    with threadpool_limits(1, "blas"):  # L-BFGS works on vectors of thousands: more threads wait for each other
+        if start is None:
+            return _fit_from_scratch(examples, encoder, variants=variants, crosses=crosses)
+        fit = _Fit(start.layout, examples, variants=variants, crosses=crosses, offset=offset)
+        state = fit.open(fit.state(start))
+        state, curvature, _ = fit.weigh(fit.solve(state, fit.curvature(state)[1]))
         return fit.tables(fit.solve(state, curvature))
+
+
+def _fit_from_scratch(examples: Examples, encoder: Encoder, *, variants: bool, crosses: bool) -> Tables:
     layout = Layout.of(encoder, examples.tags)
     rate = float(np.clip(np.average(examples.reward, weights=examples.weight), 1e-6, 1 - 1e-6))
     fit = _Fit(layout, examples, variants=variants, crosses=crosses)
-    state = _State(float(logit(rate)), np.zeros(len(fit.block)), np.where(fit.main, START_VARIANCE, 0.0) * fit.allowed)
+    state = fit.open(_State(float(logit(rate)), np.zeros(len(fit.block)), np.zeros(fit.n_blocks)))
     state = fit.solve(state, fit.curvature(state)[1])
     if crosses and (pairs := _screened_pairs(layout, examples, fit, state)):
         wider = _Fit(replace(layout, pairs=pairs), examples, variants=variants, crosses=crosses)
@@ -285,8 +299,11 @@ class _State:
 class _Fit:
     """The log as the optimiser sees it: sums over chunks of rows, blocks numbered side, variant, cross."""
 
-    def __init__(self, layout: Layout, examples: Examples, *, variants: bool, crosses: bool) -> None:
+    def __init__(
+        self, layout: Layout, examples: Examples, *, variants: bool, crosses: bool, offset: Floats | None = None
+    ) -> None:
         self.layout, self.examples = layout, examples
+        self.offset = np.zeros(len(examples)) if offset is None else offset
         n_side = len(layout.crossed_sizes) + len(layout.other_sizes)
         n_variant = int(layout.variant_block.max()) + 1
         dimensions = int(layout.tag_dimension.max(initial=-1)) + 1
@@ -335,7 +352,8 @@ class _Fit:
             rows = self._chunks[i]
             near, far = self._kept[i] if self._kept is not None else self._design(rows)
             v, y, w = data.variant[rows], data.reward[rows], data.weight[rows]
-            eta = (state.intercept + near @ side[:c] + far @ side[c:] + of_variant[v]).astype(np.float32)
+            eta = state.intercept + self.offset[rows] + near @ side[:c] + far @ side[c:] + of_variant[v]
+            eta = eta.astype(np.float32)
             tags = tag_columns[v] if cross.size else None
             if tags is not None:
                 eta += np.einsum("nt,nt->n", near @ cross, tags)
@@ -356,7 +374,8 @@ class _Fit:
         first: list[Floats] = []
         second: list[Floats] = []
         with ThreadPoolExecutor(WORKERS) as pool:
-            for part_loss, part_first, part_second in pool.map(chunk, range(len(self._chunks))):
+            every = range(len(self._chunks))
+            for part_loss, part_first, part_second in (pool.map if len(every) > 1 else map)(chunk, every):
                 loss += part_loss
                 first = [a + b for a, b in zip(first, part_first, strict=True)] if first else part_first
                 second = [a + b for a, b in zip(second, part_second, strict=True)] if second else part_second
@@ -377,6 +396,11 @@ class _Fit:
         if len(sums) == 4:
             cross[:, live] = sums[3]
         return np.concatenate([sums[0], sums[1], design.T @ sums[2], cross.ravel()]).astype(np.float64)
+
+    def open(self, state: _State) -> _State:
+        """The state with every main effect free to be fitted: what they would hold is evidence for no table."""
+        shut = self.main & self.allowed & (state.variance == 0)
+        return replace(state, variance=np.where(shut, START_VARIANCE, state.variance))
 
     def curvature(self, state: _State) -> tuple[Floats, Floats]:
         """Minus gradient and curvature (diagonal of the Hessian) of the log loss by theta."""
@@ -421,7 +445,12 @@ class _Fit:
         variance[~self.allowed | ~(self.main | (gain > EVIDENCE_NATS))] = 0.0
         fresh = np.flatnonzero((variance > 0) & (state.variance == 0) & (np.arange(self.n_blocks) >= self.first_cross))
         entered: list[tuple[int, int]] = []
-        for block in fresh[np.argsort(-gain[fresh], kind="stable")]:
+        pairs = slice(self.first_variant + len(self.layout.encoder.dimensions), self.first_cross - 1)
+        shut = (variance[pairs] > 0) & (state.variance[pairs] == 0)
+        variance[pairs][shut & (gain[pairs] < gain[pairs].max(where=shut, initial=0.0))] = (
+            0.0  # they share main effects
+        )
+        for block in fresh[np.argsort(-gain[fresh].round(3), kind="stable")]:  # twins tie: the first one enters
             row, column = divmod(int(block) - self.first_cross, self.dimensions)
             if any(self._rivals[0][row, r] and self._rivals[1][column, c] for r, c in entered):
                 variance[block] = 0.0
@@ -431,7 +460,7 @@ class _Fit:
         shrunk = one_step * of_coefficient / (of_coefficient + error)
         theta = np.where(state.variance[self.block] > 0, state.theta, shrunk)
         theta[of_coefficient == 0] = 0.0
-        return _State(state.intercept, theta, variance / design_effect), curvature, bool(entered)
+        return _State(state.intercept, theta, variance / design_effect), curvature, bool(entered) or bool(shut.any())
 
     def _design_effect(self, state: _State) -> Floats:
         """Per block, the variance of its gradients relative to what it were if a unit's exposures were independent.
@@ -445,7 +474,7 @@ class _Fit:
             return effect
         rows = np.flatnonzero(unit < max(1, int(len(units) * CLUSTER_ROWS / len(unit))))
         data, unit = data.take(rows), unit[rows].astype(np.int64)
-        p = expit(self.tables(state).logits(data.features, data.variant))
+        p = expit(self.tables(state).logits(data.features, data.variant) + self.offset[rows])
         residual = data.weight * (data.reward - p)
         fields, n_fields = self.layout.encoder.fields, len(self.layout.crossed_fields)
         for i, field in enumerate(self.layout.crossed_fields):

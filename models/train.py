@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch.nn import functional
 
 from kaleidoscope.encoding import Encoder, Features
 from kaleidoscope.progress import Progress, Silent
-from models.batch import Examples, chunks
+from models.batch import Examples, chunks, threads
 from models.networks import DeepConfig, DeepPart
 from models.tables import Layout, Tables, fit_tables
 
@@ -38,7 +40,7 @@ class TrainConfig:
     batch_rows: int = 8_192  # at most; small logs take smaller ones
     batches: int = 40  # about so many in an epoch of a small log
     epochs: int = 15  # at most
-    patience: int = 2  # epochs without a better held-out loss
+    patience: int = 2  # epochs without a better held-out loss; twice as many before the first good one
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,25 @@ def fit_network(
     config, progress = config or TrainConfig(), progress or Silent()
     train, held = examples.split(config.held_out, seed)
     tables = fit_tables(train, encoder)
-    deep, gate = fit_deep(train, held, tables, config=config, seed=seed, progress=progress)
-    model = CtrModel(fit_tables(examples, encoder, start=tables), deep, gate)
+    with threads_for(len(train)):
+        deep, gate = fit_deep(train, held, tables, config=config, seed=seed, progress=progress)
+    offset = gate * deep_logits(deep, tables.layout, examples.features, examples.variant) if gate else None
+    model = CtrModel(fit_tables(examples, encoder, start=tables, offset=offset), deep, gate)
     rate = float(np.average(examples.reward, weights=examples.weight))
     shift = _shift(model.logits(examples.features, examples.variant), examples.weight, rate)
     return replace(model, tables=replace(model.tables, intercept=model.tables.intercept + shift))
+
+
+@contextmanager
+def threads_for(rows: int) -> Iterator[None]:
+    """Run torch and BLAS with as many threads as work over so many rows is worth."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads(rows))
+    try:
+        with threadpool_limits(threads(rows), "blas"):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def fit_deep(
@@ -112,7 +128,7 @@ def fit_deep(
     """Train the deep part on what the tables leave over.
 
     Adam with decoupled weight decay on minibatches; after each epoch the gate is set to what held-out units like best.
-    Returns the best epoch's weights and gate; the gate is 0 unless the held-out gain exceeds its standard error.
+    Returns the best epoch's weights and gate; the gate is 0 unless the held-out gain is clearly above its errors.
     """
     layout, generator = tables.layout, torch.Generator().manual_seed(seed)
     deep = DeepPart(DeepConfig(layout.n_crossed, layout.crossed_tags.shape[1], config.heads, config.width, config.rank))
@@ -143,30 +159,31 @@ def fit_deep(
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             progress.advance((epoch + min(start + batch_rows, len(train)) / len(train)) / config.epochs)
-        gain, gate = _best_gate(held, base, deep_logits(deep, layout, held.features, held.variant))
+        gain, gate, sure = _best_gate(held, base, deep_logits(deep, layout, held.features, held.variant))
         if gain > best_gain:
-            best_gain, best_gate, waited = gain, gate, 0
+            best_gain, best_gate, waited = gain, gate if sure else 0.0, 0
             best_state = _copy(deep)
-        elif (waited := waited + 1) >= config.patience:
+        elif (waited := waited + 1) >= config.patience * (1 if best_gain > 0 else 2):
             break
     deep.load_state_dict(best_state)
     return deep, best_gate
 
 
 GATES = (0.25, 0.5, 0.75, 1.0)
+GATE_ERRORS = 2.0  # standard errors: the best of several epochs and gates is looked for, and often lucky by one
 
 
-def _best_gate(held: Examples, base: Floats, deep: Floats) -> tuple[float, float]:
-    """The held-out log-loss gain (nats, beyond its standard error by unit) of the best gate, and that gate."""
-    best, unit = (0.0, 0.0), np.unique(held.unit, return_inverse=True)[1]
+def _best_gate(held: Examples, base: Floats, deep: Floats) -> tuple[float, float, bool]:
+    """The held-out log-loss gain (nats) of the best gate, that gate, and whether the gain is beyond chance, by unit."""
+    best, unit = (0.0, 0.0, False), np.unique(held.unit, return_inverse=True)[1]
     rate = float(np.average(expit(base), weights=held.weight))
     for gate in GATES:
         logits = base + gate * deep
         logits += _shift(logits, held.weight, rate)  # the held-out units' mean is luck, and no reason for a deep part
         gain = held.weight * (_log_loss(base, held.reward) - _log_loss(logits, held.reward))
         per_unit = np.bincount(unit, gain)
-        excess = float(per_unit.sum() - np.sqrt((per_unit**2).sum()))
-        best = max(best, (excess, gate))
+        total, error = float(per_unit.sum()), float(np.sqrt((per_unit**2).sum()))
+        best = max(best, (total, gate, total > GATE_ERRORS * error))
     return best
 
 

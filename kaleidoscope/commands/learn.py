@@ -46,7 +46,7 @@ from models.batch import Examples
 from models.metrics import AucSums, LogLossSums, calibration
 from models.permutation import OneStep, permuted_rows
 from models.tables import Layout, Tables, fit_tables
-from models.train import CtrModel, fit_network
+from models.train import CtrModel, fit_network, threads_for
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -77,7 +77,8 @@ def run_learn(
     with clock("read"):
         schema = read_schema(schema_path)
         log = read_log(log_path, schema)
-    summary, evidence = learn(log, schema, seed=seed, clock=clock, simulated=simulated)
+    with threads_for(len(log)):
+        summary, evidence = learn(log, schema, seed=seed, clock=clock, simulated=simulated)
     _write(out_dir, summary, render_report(summary, evidence))
     return summary
 
