@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.sparse import csr_array
 from scipy.special import expit, logit
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional
 
