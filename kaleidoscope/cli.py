@@ -248,7 +248,7 @@ def _print_summary(summary: Mapping[str, Any], out: Path, *, as_json: bool) -> N
 
 def _value_cells(value: Mapping[str, Any] | None) -> tuple[str, str, str]:
     if value is None:
-        return "unknown", "too little data", ""
+        return "unknown", "no such columns, or too little data", ""
     return f"{value['value']:.4f}", f"[{value['ci_low']:.4f}, {value['ci_high']:.4f}]", f"{value['ess']:,.0f}"
 
 

@@ -24,10 +24,11 @@ class OneStep:
 
     layout: Layout  # of user fields alone
     users: csr_array  # (n, C)
-    residual: Floats  # (n,) weight × (reward − p) of a model without user features that never saw the row's unit
-    curvature: Floats  # (n,) weight × p(1 − p)
-    contrast: NDArray[np.float32]  # (n, T) tags shown, less their mean over what could have been shown
-    fold: Ints  # (n,)
+    score: NDArray[
+        np.float32
+    ]  # (n, T) weight × (reward − p) × contrast; p of a blind model that never saw the row's unit
+    curvature: NDArray[np.float32]  # (n, T) weight × p(1 − p) × contrast²
+    rows: list[Ints]  # per fold
     inflation: Floats  # (D,) variance of a unit's sums of residual × contrast, relative to independent rows
 
     @classmethod
@@ -43,34 +44,31 @@ class OneStep:
         fold: Ints,
         unit: Ints,
     ) -> OneStep:
-        """Prepare the rows; `logit` (n,) is the blind model's held-out prediction for what was shown."""
+        """Prepare the rows. `logit` (n,): the blind model's held-out prediction for what was shown; `contrast` (n, T): the
+        tags shown less their mean over what could have been shown."""
         p = expit(logit)
-        residual = weight * (reward - p)
+        scores = (weight * (reward - p)).astype(np.float32)[:, None] * contrast
+        curvature = (weight * p * (1 - p)).astype(np.float32)[:, None] * contrast**2
         groups, group = np.unique(unit, return_inverse=True)
-        scores = residual[:, None] * contrast
         sums = csr_array((np.ones(len(unit)), (group, np.arange(len(unit)))), shape=(len(groups), len(unit))) @ scores
         dimensions = int(layout.tag_dimension.max(initial=-1)) + 1
         together = np.bincount(layout.tag_dimension, (sums**2).sum(axis=0), dimensions)
         alone = np.bincount(layout.tag_dimension, (scores**2).sum(axis=0), dimensions)
         inflation = np.maximum(together / np.maximum(alone, 1e-12), 1.0)
-        return cls(layout, users, residual, weight * p * (1 - p), contrast, fold, inflation)
+        rows = [np.flatnonzero(fold == f) for f in range(int(fold.max()) + 1)]
+        return cls(layout, users, scores, curvature, rows, inflation)
 
     def preferences(self, source: Ints | None = None) -> NDArray[np.float32]:
         """What each row's user adds to each tag, learned on the other folds: (n, T). With `source` (n,), row i has the
         user features of row source[i]."""
-        users = self.users if source is None else self.users[source]
-        k = int(self.fold.max()) + 1
-        score = (self.residual[:, None] * self.contrast).astype(np.float32)
-        weight = (self.curvature[:, None] * self.contrast**2).astype(np.float32)
-        rows = [np.flatnonzero(self.fold == f) for f in range(k)]
-        parts = [users[r] for r in rows]
-        gradients = np.stack([part.T @ score[r] for part, r in zip(parts, rows, strict=True)])
-        curvatures = np.stack([part.power(2).T @ weight[r] for part, r in zip(parts, rows, strict=True)])
+        parts = [self.users[r if source is None else source[r]] for r in self.rows]
+        gradients = np.stack([part.T @ self.score[r] for part, r in zip(parts, self.rows, strict=True)])
+        curvatures = np.stack([part.power(2).T @ self.curvature[r] for part, r in zip(parts, self.rows, strict=True)])
         dimensions = len(self.inflation)
         block = (self.layout.side_block[: self.layout.n_crossed, None] * dimensions + self.layout.tag_dimension).ravel()
         n_blocks = len(self.layout.crossed_sizes) * dimensions
-        out = np.zeros(self.contrast.shape, np.float32)
-        for f in range(k):
+        out = np.zeros(self.score.shape, np.float32)
+        for f, rows in enumerate(self.rows):
             error = 1.0 / np.maximum(curvatures.sum(axis=0) - curvatures[f], 1e-9)
             estimate = (gradients.sum(axis=0) - gradients[f]) * error
             error = error * self.inflation[self.layout.tag_dimension]
@@ -79,7 +77,7 @@ class OneStep:
             )
             variance[gain <= EVIDENCE_NATS] = 0.0
             shrink = variance[block].reshape(error.shape)
-            out[rows[f]] = parts[f] @ (estimate * shrink / (shrink + error)).astype(np.float32)
+            out[rows] = parts[f] @ (estimate * shrink / (shrink + error)).astype(np.float32)
         return out
 
 

@@ -223,8 +223,9 @@ class Tables:
         tags, of_variant = self.layout.crossed_tags, self.variant_logit
         if variants is not None:
             tags, of_variant = tags[variants], of_variant[variants]
-        scores = self.preferences(features) @ tags.T
-        scores += (self.side_logit(features)[:, None] + of_variant).astype(np.float32)
+        scores = (self.side_logit(features)[:, None] + of_variant).astype(np.float32)
+        if self.cross.any():
+            scores += self.preferences(features) @ tags.T
         return scores
 
     def for_variants(self, tags: csr_array, known: Ints) -> Tables:

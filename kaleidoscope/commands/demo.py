@@ -14,6 +14,7 @@ from kaleidoscope.progress import Progress
 from kaleidoscope.simulation import World, WorldSpec
 
 FRESH_USERS = 20_000
+INTERACTION_SIZE = (0.15, 0.4)  # in the logit: a scene worth personalising, not a miracle
 
 
 def run_demo(out_dir: Path, *, rows: int, seed: int, progress: Progress) -> dict[str, object]:
@@ -23,7 +24,7 @@ def run_demo(out_dir: Path, *, rows: int, seed: int, progress: Progress) -> dict
     `simulated_truth`: what showing everyone a random variant, the best single one, or their own best one really earns.
     """
     progress.stage("simulate")
-    world, rng = World.draw(WorldSpec(seed=seed)), np.random.default_rng([seed, 1])
+    world, rng = World.draw(WorldSpec(seed=seed, interaction_size=INTERACTION_SIZE)), np.random.default_rng([seed, 1])
     log_path, schema_path = out_dir / "log.parquet", out_dir / "schema.yaml"
     try:
         out_dir.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ FOLDS = ((60_000, 5), (300_000, 3))  # rows up to which that many folds are made
 ALL_FOLDS_JUDGED = 60_000  # rows up to which the baselines are fitted on every fold; beyond, on the first
 PERMUTATIONS = 99
 PERMUTED_ROWS = 200_000
-PERMUTED_PAIRS = 30_000_000  # (row, variant) scores per permutation
+PERMUTED_PAIRS = 20_000_000  # (row, variant) scores per permutation
 
 
 def run_learn(
