@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint format bench clean
+.PHONY: setup demo test test-all lint format bench screenshot clean
 
 setup: $(INSTALLED)
 
@@ -43,3 +43,6 @@ bench: $(INSTALLED)
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+screenshot: $(INSTALLED)
+	$(BIN)/python docs/screenshot.py

@@ -44,8 +44,11 @@ class OneStep:
         fold: Ints,
         unit: Ints,
     ) -> OneStep:
-        """Prepare the rows. `logit` (n,): the blind model's held-out prediction for what was shown; `contrast` (n, T): the
-        tags shown less their mean over what could have been shown."""
+        """Prepare the rows.
+
+        `logit` (n,) is the blind model's held-out prediction for what was shown; `contrast` (n, T) the tags shown, less
+        their mean over what could have been shown.
+        """
         p = expit(logit)
         scores = (weight * (reward - p)).astype(np.float32)[:, None] * contrast
         curvature = (weight * p * (1 - p)).astype(np.float32)[:, None] * contrast**2
