@@ -34,6 +34,9 @@ MAX_CROSSED = 1_000  # buckets of a field, or values of a dimension, that may ta
 MAX_CROSS_CELLS = 4_000_000  # C × T; above it fewer buckets may take part
 MAX_PAIR_CELLS = 20_000  # cells of a pair of fields or of dimensions
 EVIDENCE_NATS = 2.0  # marginal log likelihood that a table of pairs has to gain to be kept
+MAIN_FLOOR = 1e-3  # variance of main effects: two that share one must not talk each other down to nothing
+    1e-3  # variance of main effects at least: two that share an effect must not talk each other down to nothing
+)
 START_VARIANCE = 0.1  # of main effects, before there is evidence
 VARIANCES = np.concatenate([[0.0], np.logspace(-5, 1, 61)])
 MIN_ROUNDS, MAX_ROUNDS = 3, 6
@@ -443,6 +446,7 @@ class _Fit:
         one_step = state.theta + gradient * error
         error *= design_effect[self.block]
         variance, gain = block_variances(one_step, error, self.block, self.n_blocks)
+        variance[self.main] = np.maximum(variance[self.main], MAIN_FLOOR)
         variance[~self.allowed | ~(self.main | (gain > EVIDENCE_NATS))] = 0.0
         fresh = np.flatnonzero((variance > 0) & (state.variance == 0) & (np.arange(self.n_blocks) >= self.first_cross))
         entered: list[tuple[int, int]] = []
