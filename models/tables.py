@@ -35,8 +35,6 @@ MAX_CROSS_CELLS = 4_000_000  # C × T; above it fewer buckets may take part
 MAX_PAIR_CELLS = 20_000  # cells of a pair of fields or of dimensions
 EVIDENCE_NATS = 2.0  # marginal log likelihood that a table of pairs has to gain to be kept
 MAIN_FLOOR = 1e-3  # variance of main effects: two that share one must not talk each other down to nothing
-    1e-3  # variance of main effects at least: two that share an effect must not talk each other down to nothing
-)
 START_VARIANCE = 0.1  # of main effects, before there is evidence
 VARIANCES = np.concatenate([[0.0], np.logspace(-5, 1, 61)])
 MIN_ROUNDS, MAX_ROUNDS = 3, 6
