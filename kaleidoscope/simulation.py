@@ -190,7 +190,7 @@ class World:
     def schema(self) -> dict[str, object]:
         """The log schema (design of the log contract) of `log()`."""
         return {
-            "scene": "simulated",
+            "scene": "welcome-banner",
             "label": "click",
             "unit": "user_id",
             "context": ["context"] if self.spec.context_values else [],
