@@ -57,7 +57,7 @@ def codes(summary: dict[str, Any]) -> list[str]:
 
 def test_planted_preferences_are_worth_personalising(tmp_path: Path) -> None:
     world = World.draw(SMALL)
-    summary = learn(tmp_path, world.log(30_000, np.random.default_rng(1)), world.schema())
+    summary = learn(tmp_path, world.log(20_000, np.random.default_rng(1)), world.schema())
     assert set(summary) == KEYS
     assert summary["verdict"] == "personalise"
     gain = summary["personalisation_gain"]
@@ -76,13 +76,13 @@ def test_planted_preferences_are_worth_personalising(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_without_preferences_nothing_personal_is_claimed(tmp_path: Path, seed: int) -> None:
     world = World.draw(spec(interactions=0, seed=seed))
-    summary = learn(tmp_path, world.log(15_000, np.random.default_rng(seed)), world.schema())
+    summary = learn(tmp_path, world.log(10_000, np.random.default_rng(seed)), world.schema())
     assert summary["verdict"] != "personalise"
 
 
 def test_a_preference_of_contexts_alone_is_called_that(tmp_path: Path) -> None:
     world = World.draw(spec(interactions=0, context_values=4, context_interactions=2, interaction_size=(0.6, 0.9)))
-    summary = learn(tmp_path, world.log(30_000, np.random.default_rng(1)), world.schema())
+    summary = learn(tmp_path, world.log(20_000, np.random.default_rng(1)), world.schema())
     assert summary["verdict"] == "best_per_context"
 
 
@@ -141,7 +141,7 @@ def test_aggregated_tests_find_the_winners_within_each_group(tmp_path: Path) -> 
 
 def test_the_same_seed_gives_the_same_summary(tmp_path: Path) -> None:
     world = World.draw(SMALL)
-    log = world.log(4_000, np.random.default_rng(1))
+    log = world.log(3_000, np.random.default_rng(1))
     first, second = (learn(tmp_path / name, log, world.schema(), seed=3) for name in ("a", "b"))
     del first["timings_s"], second["timings_s"]
     assert first == second
@@ -171,7 +171,7 @@ def test_a_failed_write_keeps_the_report_that_was_there(tmp_path: Path, monkeypa
 
 
 def test_the_demo_says_simulated_and_knows_the_truth(tmp_path: Path) -> None:
-    summary = run_demo(tmp_path, rows=5_000, seed=0, progress=Silent())
+    summary = run_demo(tmp_path, rows=3_000, seed=0, progress=Silent())
     truth = summary["simulated_truth"]
     assert isinstance(truth, dict)
     assert truth["uniform"] < truth["best_single"] < truth["oracle"]
