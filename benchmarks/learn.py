@@ -34,6 +34,7 @@ MODELS: dict[str, type[Model]] = {
 }
 HELD_ROWS = 200_000
 FRESH_USERS = 2_000
+EBM_ROWS = 300_000  # beyond, an EBM of all field × tag pairs takes the better part of an hour: --slow
 HIDDEN = 200
 
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--slow", action="store_true", help=f"run the EBM on more than {EBM_ROWS:,} rows too")
     parser.add_argument("--hide", action="store_true", help="hide 200 of the 1,000 variants in training; AUC on them")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     parser.add_argument("--one", nargs=3, metavar=("MODEL", "ROWS", "SEED"), help=argparse.SUPPRESS)
@@ -55,6 +57,8 @@ def main() -> None:
     for rows in args.rows:
         for seed in args.seeds:
             for name in args.models:
+                if name == "ebm" and rows > EBM_ROWS and not args.slow:
+                    continue
                 command = [
                     sys.executable,
                     __file__,
