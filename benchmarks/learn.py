@@ -34,7 +34,7 @@ MODELS: dict[str, type[Model]] = {
 }
 HELD_ROWS = 200_000
 FRESH_USERS = 2_000
-EBM_ROWS = 300_000  # beyond, an EBM of all field × tag pairs takes the better part of an hour: --slow
+EBM_ROWS = 300_000  # at 1M rows it had not finished after 16 CPU minutes: --slow
 HIDDEN = 200
 
 
