@@ -176,6 +176,8 @@ def _no_more(summary: Summary, advised: Policy) -> str:
 
 def _gain_unproven(gain: Mapping[str, Any]) -> str:
     """What a gain whose interval does not lie above 0 says: how large it can still be."""
+    if gain["se"] == 0:
+        return f"the model found no preference it trusts, so choosing per user is the same as {_over(gain)}"
     limits = interval(gain["ci_low"], gain["ci_high"])
     if gain["ci_high"] <= 0:
         return f"choosing per user earns no more than {_over(gain)} (95 % interval {limits} percentage points)"

@@ -19,7 +19,7 @@ from scipy.special import expit
 
 from kaleidoscope.commands.report import Evidence, render_report
 from kaleidoscope.encoding import Encoder
-from kaleidoscope.errors import JobError
+from kaleidoscope.errors import JobError, LogError
 from kaleidoscope.exposure import Independence, Srm, Support, exposure_independence, logging_policy, srm
 from kaleidoscope.log import Check, Log, LogSchema, read_log, read_schema
 from kaleidoscope.policy_value import (
@@ -53,6 +53,8 @@ Ints = NDArray[np.int64]
 
 FOLDS = ((60_000, 5), (300_000, 3))  # rows up to which that many folds are made; beyond, 2
 ALL_FOLDS_JUDGED = 60_000  # rows up to which the baselines are fitted on every fold; beyond, on the first
+MIN_UNITS = 10
+MAX_TAG_COLUMNS = 2_000  # of which the pseudo-inverse of Γ is taken
 PERMUTATIONS = 99
 PERMUTED_ROWS = 200_000
 PERMUTED_PAIRS = 20_000_000  # (row, variant) scores per permutation
@@ -77,6 +79,12 @@ def run_learn(
     with clock("read"):
         schema = read_schema(schema_path)
         log = read_log(log_path, schema)
+    if log.n_units < MIN_UNITS:
+        raise LogError(
+            f"{log_path}: {log.n_units} units in all {log.file_rows:,} rows; {MIN_UNITS} are needed to learn on some "
+            "and judge on others. If `unit` is not the user's id, name another column or leave it out."
+        )
+    _prepare(out_dir)
     with threads_for(len(log)):
         summary, evidence = learn(log, schema, seed=seed, clock=clock, simulated=simulated)
     _write(out_dir, summary, render_report(summary, evidence))
@@ -287,7 +295,8 @@ def _value(log: Log, examples: Examples, support: Support, fitted: _CrossFit, n_
     rows = LoggedRows(
         log.reward.astype(np.float64), log.variant, support.propensity, log.count, log.weight, log.unit, support
     )
-    weighting = choose_weighting(rows, examples.tags)
+    columns = len(np.unique(examples.tags.indices))  # as many tags as variants say no more than the variants
+    weighting = choose_weighting(rows, examples.tags if columns < min(log.n_variants, MAX_TAG_COLUMNS) else None)
     q_logged = np.asarray(expit(fitted.network_logit))
     weights = {Policy.UNIFORM: uniform_weights(rows)}
     weights |= {p: policy_weights(rows, chosen, weighting, examples.tags) for p, chosen in fitted.chosen.items()}
@@ -474,10 +483,20 @@ def _evidence(
     )
 
 
+def _prepare(out_dir: Path) -> None:
+    """Make the folder, and find out before the work whether it can be written to."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        probe = out_dir / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise JobError(f"{out_dir}: cannot be written to ({error}); name another folder with --out") from error
+
+
 def _write(out_dir: Path, summary: Mapping[str, object], report: str) -> None:
     """Both files or neither: each is written beside its place and moved there."""
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
         for name, text in (
             ("report.html", report),
             ("summary.json", json.dumps(summary, indent=1, allow_nan=False, ensure_ascii=False) + "\n"),

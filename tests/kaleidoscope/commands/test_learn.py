@@ -155,6 +155,24 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_too_few_units_are_refused_before_any_work(tmp_path: Path) -> None:
+    world = World.draw(SMALL)
+    log = world.log(2_000, np.random.default_rng(1))
+    log = log.set_column(log.schema.get_field_index("user_id"), "user_id", pa.array(np.zeros(2_000, int)))
+    with pytest.raises(LogError, match="1 units in all 2,000 rows"):
+        learn(tmp_path, log, world.schema())
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_many_tags_as_variants_with_too_little_data_are_inconclusive(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    log = pd.DataFrame({"y": rng.integers(0, 2, 4_000), "u": rng.integers(0, 5, 4_000)})
+    log["v"] = [f"v{i}" for i in rng.integers(0, 3_000, 4_000)]
+    summary = learn(tmp_path, log, {"scene": "s", "label": "y", "user": ["u"], "variant": ["v"]})
+    assert summary["verdict"] == "inconclusive"
+    assert summary["policy_value"]["best_single"] is None
+
+
 def test_a_failed_write_keeps_the_report_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World.draw(SMALL)
     log = world.log(2_000, np.random.default_rng(1))
