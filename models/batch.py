@@ -32,9 +32,7 @@ class Examples:
     @classmethod
     def of(cls, log: Log, encoder: Encoder) -> Examples:
         """Encode a log. A log without units makes every row its own unit."""
-        columns = dict(log.columns)
-        if log.group is not None and log.groups is not None and log.schema.group is not None:
-            columns[log.schema.group] = log.groups.take(pa.array(log.group))
+        columns = columns_of(log)
         unit = np.arange(len(log.reward)) if log.unit is None else log.unit
         return cls(
             encoder.features(columns, len(log)),
@@ -71,6 +69,14 @@ class Examples:
         order = np.random.default_rng(seed).permutation(len(units))
         out = (order < min(max(1, round(share * len(units))), len(units) - 1))[code]
         return self.take(np.flatnonzero(~out)), self.take(np.flatnonzero(out))
+
+
+def columns_of(log: Log) -> dict[str, pa.Array]:
+    """The columns an encoder reads: user, context and group."""
+    columns = dict(log.columns)
+    if log.group is not None and log.groups is not None and log.schema.group is not None:
+        columns[log.schema.group] = log.groups.take(pa.array(log.group))
+    return columns
 
 
 def chunks(n: int, size: int = CHUNK_ROWS) -> Iterator[slice]:

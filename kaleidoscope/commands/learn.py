@@ -42,7 +42,7 @@ from kaleidoscope.policy_value import (
 from kaleidoscope.progress import Progress
 from kaleidoscope.vocabulary import Level, Policy
 from models.baselines import LightGbm
-from models.batch import Examples
+from models.batch import Examples, columns_of
 from models.metrics import AucSums, LogLossSums, calibration
 from models.permutation import OneStep, permuted_rows
 from models.tables import Layout, Tables, fit_tables
@@ -171,15 +171,11 @@ def _n_folds(rows: int) -> int:
 
 
 def _fit_encoder(log: Log, schema: LogSchema) -> Encoder:
-    columns = dict(log.columns)
-    group = [] if schema.group is None else [schema.group]
-    if log.groups is not None:
-        columns[group[0]] = log.groups.take(log.group)
     return Encoder.fit(
-        columns,
+        columns_of(log),
         user=schema.user,
         context=schema.context,
-        group=group,
+        group=[] if schema.group is None else [schema.group],
         variants=log.variants,
         dimensions=schema.variant,
     )
@@ -495,16 +491,20 @@ def _prepare(out_dir: Path) -> None:
 
 
 def _write(out_dir: Path, summary: Mapping[str, object], report: str) -> None:
-    """Both files or neither: each is written beside its place and moved there."""
+    """Write both files beside their places, then move both: a full disk leaves what was there as it was."""
+    texts = {
+        "report.html": report,
+        "summary.json": json.dumps(summary, indent=1, allow_nan=False, ensure_ascii=False) + "\n",
+    }
+    beside = {name: out_dir / f".{name}.{os.getpid()}" for name in texts}
     try:
-        for name, text in (
-            ("report.html", report),
-            ("summary.json", json.dumps(summary, indent=1, allow_nan=False, ensure_ascii=False) + "\n"),
-        ):
-            beside = out_dir / f".{name}.{os.getpid()}"
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(out_dir / name)
+        for name, text in texts.items():
+            beside[name].write_text(text, encoding="utf-8")
+        for name in texts:
+            beside[name].replace(out_dir / name)
     except OSError as error:
+        for path in beside.values():
+            path.unlink(missing_ok=True)
         raise JobError(f"{out_dir}: the report cannot be written there: {error}") from error
 
 
