@@ -15,6 +15,8 @@ Summary = Mapping[str, Any]
 
 # As an error: what the log showed depended on the user, with probabilities nobody knows. It supports no claim.
 NO_CLAIM = "exposure_depends_on_user"
+NO_CONTEXT, NO_USER_FEATURES = "no_context", "no_user_features"
+TOO_LITTLE_DATA = "too little data"
 SRM = "sample_ratio_mismatch"
 
 POLICY_WORDS = {
@@ -120,20 +122,36 @@ def other_errors(summary: Summary) -> int:
     return sum(check["level"] == Level.ERROR and check["code"] not in (NO_CLAIM, SRM) for check in summary["checks"])
 
 
-def unknown_policies(summary: Summary) -> list[Policy]:
-    """The policies that should have a value and have none.
+def no_values(summary: Summary) -> str | None:
+    """Why no policy has a value, as a sentence, where the log supports no claim about any; otherwise None."""
+    if not supports_no_claim(summary):
+        return None
+    return (
+        "No value is given for any way of choosing: which variant was shown depended on the user, and the log does not"
+        " say with which probabilities, so a difference between variants may be one between the people who saw them."
+    )
 
-    A policy the log cannot have (choosing per user without user columns) is not among them. Whether there are contexts
-    the summary does not say, so the best variant per context is named only where nothing else is unknown.
+
+def why_unknown(summary: Summary, policy: Policy) -> str:
+    """Why a policy has no value, in a few words."""
+    codes = {check["code"] for check in summary["checks"]}
+    if policy is Policy.BEST_PER_CONTEXT and NO_CONTEXT in codes:
+        return "no context columns"
+    if policy is Policy.PERSONALISED and NO_USER_FEATURES in codes:
+        return "no user columns"
+    return "the log supports no claim" if supports_no_claim(summary) else TOO_LITTLE_DATA
+
+
+def unknown_policies(summary: Summary) -> list[Policy]:
+    """The policies that should have a value and have none, because there is too little data.
+
+    A policy the log cannot have (choosing per user without user columns) is not among them.
     """
-    unknown = [policy for policy in Policy if summary["policy_value"][policy] is None]
-    if summary["exposure_independence"]["p_value"] is None and Policy.PERSONALISED in unknown:
-        unknown.remove(Policy.PERSONALISED)
-    gain = summary["personalisation_gain"]
-    without_context = gain is not None and gain["over"] == Policy.BEST_SINGLE
-    if Policy.BEST_PER_CONTEXT in unknown and (without_context or len(unknown) > 1):
-        unknown.remove(Policy.BEST_PER_CONTEXT)
-    return unknown
+    return [
+        policy
+        for policy in Policy
+        if summary["policy_value"][policy] is None and why_unknown(summary, policy) == TOO_LITTLE_DATA
+    ]
 
 
 def _why_inconclusive(summary: Summary) -> str:
@@ -268,7 +286,7 @@ def _prove(summary: Summary, policy: Policy) -> list[str]:
 def _settle(summary: Summary) -> list[str]:
     """Whether more data of the same kind would settle what personalising is worth."""
     gain, rows = summary["personalisation_gain"], summary["rows"]
-    if summary["exposure_independence"]["p_value"] is None:
+    if any(check["code"] == NO_USER_FEATURES for check in summary["checks"]):
         return ["To learn whether users differ, name their features under `user` in the schema."]
     if gain is None:
         return []

@@ -1,11 +1,13 @@
-"""The log contract: the schema of an impression log, reading it, and the checks that need nothing but the log.
+"""The log contract: reading an impression log, and the checks that need nothing but the log.
 
-How the log chose what to show (SRM, propensities, independence of the user) is `exposure.py`; turning columns into
-model inputs is `encoding.py`. Files are read through DuckDB in one streaming pass; nothing here loops over rows.
+Its schema is `log_schema.py`; how the log chose what to show (SRM, propensities, independence of the user) is
+`exposure.py`; turning columns into model inputs is `encoding.py`. Files are read through DuckDB in one streaming pass;
+nothing here loops over rows.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import glob
@@ -14,21 +16,22 @@ import io
 import json
 import re
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import IO, Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from kaleidoscope.errors import LogError, SchemaError
+from kaleidoscope.errors import LogError
+from kaleidoscope.log_schema import LogSchema
 from kaleidoscope.vocabulary import Level
 
 Codes = NDArray[np.int64]
@@ -39,127 +42,12 @@ FEW_UNITS = 30  # below this, folds and errors by unit mean little
 MISSING_TEXTS = frozenset({"NA", "N/A", "NaN", "nan", "NULL", "null", "None"})  # only in CSV columns of numbers
 NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 CODE_NUMBER = r"[+-]?0[0-9]+.*"  # 01234 is a code that happens to be written in digits
-
-
-# ------------------------------------------------------------------------------------------------ schema
-
-
-def _as_tuple(value: object) -> object:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, str) else value
-
-
-Column = Annotated[str, Field(min_length=1)]
-Columns = Annotated[tuple[Column, ...], BeforeValidator(_as_tuple)]
-
-
-class LogSchema(BaseModel):
-    """Which column of the log plays which role; docs/log-contract.md explains every key."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    scene: Annotated[str, Field(min_length=1)] = "scene"
-    label: Column | None = None
-    clicks: Column | None = None
-    impressions: Column | None = None
-    unit: Columns = ()
-    group: Column | None = None
-    context: Columns = ()
-    user: Columns = ()
-    variant: Annotated[Columns, Field(min_length=1)]
-    variant_id: Column | None = None
-    propensity: Column | None = None
-    arms: Literal["uniform"] | dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
-    time: Column | None = None
-    bucket: Column | None = None
-    product: Column | None = None
-    weight: Column | None = None
-
-    @model_validator(mode="after")
-    def _roles_fit(self) -> LogSchema:
-        problems = []
-        if self.label is not None and (self.clicks is not None or self.impressions is not None):
-            problems.append("give either `label`, or `clicks` and `impressions`, not both")
-        elif self.label is None and (self.clicks is None or self.impressions is None):
-            problems.append("give `label` (a 0/1 column), or both `clicks` and `impressions` (aggregated rows)")
-        if isinstance(self.arms, dict) and sum(self.arms.values()) <= 0:
-            problems.append("`arms` must give at least one share above 0, or be `uniform` or null")
-        outcome = ("label", "clicks", "impressions", "propensity", "weight")
-        features = ("user", "context", "variant")
-        exclusive = [(a, b) for i, a in enumerate(features) for b in features[i + 1 :]]
-        exclusive += [(a, b) for a in (*outcome, "bucket") for b in features]
-        exclusive += [(a, b) for a in ("variant_id", "group") for b in ("user", "context")]
-        exclusive += [(a, b) for a in outcome for b in ("unit", "group", "variant_id")]
-        exclusive += [(a, b) for i, a in enumerate(outcome) for b in outcome[i + 1 :]]
-        for a, b in exclusive:
-            problems += [f"column {c!r} cannot be both `{a}` and `{b}`" for c in self.role(a) if c in self.role(b)]
-        for key in (*features, "unit"):
-            repeated = sorted({c for c in self.role(key) if self.role(key).count(c) > 1})
-            problems += [f"`{key}` names column {c!r} twice" for c in repeated]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-    def role(self, key: str) -> tuple[str, ...]:
-        """The columns under a key of the schema, as a tuple whatever the key's own shape."""
-        value = getattr(self, key)
-        return value if isinstance(value, tuple) else () if value is None else (value,)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Every column the schema names, each once."""
-        keys = [k for k in type(self).model_fields if k not in ("scene", "arms")]
-        return tuple(dict.fromkeys(c for k in keys for c in self.role(k)))
-
-
-class _SchemaLoader(yaml.SafeLoader):
-    """YAML whose scalars are text (a column may be called `no` or `2024`), except null."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML declares it
-        first: [resolver for resolver in resolvers if resolver[0] == "tag:yaml.org,2002:null"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-def read_schema(path: Path | str) -> LogSchema:
-    """The log schema in a YAML file; raises SchemaError naming everything that is wrong with it."""
-    try:
-        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _SchemaLoader)
-    except FileNotFoundError:
-        raise SchemaError(f"{path}: there is no such file. Write the schema there (docs/log-contract.md).") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SchemaError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
-    except yaml.YAMLError as error:
-        raise SchemaError(f"{path}: is not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise SchemaError(f"{path}: a schema is a mapping of keys like `label:` and `variant:` (docs/log-contract.md).")
-    keys = list(LogSchema.model_fields)
-    problems = []
-    for key in [k for k in raw if k not in keys]:
-        nearest = difflib.get_close_matches(str(key).lower(), keys, n=1, cutoff=0.4)
-        hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
-        problems.append(f"unknown key `{key}`.{hint} Valid keys: {', '.join(keys)}.")
-        raw.pop(key)
-        if nearest:
-            raw.setdefault(nearest[0], "?")  # a misspelt key is one problem, not also a missing one
-    try:
-        schema = LogSchema.model_validate(raw)
-    except ValidationError as error:
-        for item in error.errors():
-            where = (
-                "`"
-                + ".".join(
-                    str(p) for p in item["loc"] if p not in ("literal['uniform']", "dict[str,constrained-float]")
-                )
-                + "`: "
-            )
-            message = item["msg"].removeprefix("Value error, ")
-            if not (problems and "'?'" in message):
-                problems.append((where if item["loc"] else "") + message + ".")
-    if problems:
-        raise SchemaError("\n".join(f"{path}: {p}" for p in problems))
-    return schema
+INFINITE = r"[+-]?inf(inity)?"
+IMPOSSIBLE = 2.0  # times as many variants as there are: what mean(1/propensity) cannot be
+LEAST_PROPENSITY = 1e-12  # nothing is drawn that seldom, and 1/p has to stay a number that can be squared
+MOST_IMPRESSIONS = 1e15  # whole numbers beyond are no longer exact
+DATE = r"([0-9]{4}-[0-9]{1,2}-[0-9]{1,2}|[0-9]{1,2}[./][0-9]{1,2}[./][0-9]{2,4})([T ].*)?"
+PEEKED_BYTES = 1 << 16  # of a file, to see what it is
 
 
 # ------------------------------------------------------------------------------------------------ the log
@@ -186,7 +74,7 @@ class Log:
     columns: dict[str, pa.Array]  # user and context columns: dictionary-encoded text, int64 or float64; null = missing
     reward: NDArray[np.float32]  # (n,) 0 or 1
     count: Floats  # (n,) identical, independent exposures the row stands for; 1 in a plain log
-    weight: Floats  # (n,) the schema's row weight; 1 without one
+    weight: Floats  # (n,) the schema's row weight, scaled to a mean of 1 per exposure; 1 without one
     variant: Codes  # (n,) row of `variants`
     variants: pa.Table  # N rows: "variant_id" (string), and per tag dimension the sorted values (list<string>)
     unit: Codes | None  # (n,) 0..U-1; None: every exposure is its own unit
@@ -344,13 +232,17 @@ def read_log(path: Path | str, schema: LogSchema) -> Log:
         types = {str(name): str(kind) for name, kind, *_ in database.execute("DESCRIBE log").fetchall()}
         missing = [name for name in schema.columns if name not in types]
         if missing:
-            raise LogError("\n".join(_missing_column(path, name, schema, list(types)) for name in missing))
+            alike = _alike(path, missing)
+            problems_of = [alike.get(name) or _missing_column(path, name, schema, list(types)) for name in missing]
+            raise LogError("\n".join(problems_of))
         columns, row_hash = _load(database, schema, types)
         problems = _Problems(path, database)
+        problems.notes += _nested(schema, types)
         n = len(row_hash)
         if n == 0:
             raise LogError(f"{path}: has a header but no rows. Export the log again, with its exposures.")
-        log = _assemble(path, schema, columns, problems, n, typed=not _is_csv(path))
+        untyped = set(schema.columns) if _is_csv(path) else {name for name in schema.columns if _is_wide(types[name])}
+        log = _assemble(path, schema, columns, problems, n, untyped)
         problems.raise_if_any()
     return replace(log, checks=(*problems.notes, *_warnings(log, n - len(pc.unique(row_hash)))))
 
@@ -378,8 +270,9 @@ def _open(path: Path, schema: LogSchema) -> Iterator[duckdb.DuckDBPyConnection]:
         raise LogError(f"{path}: the folder holds no .parquet file. Give a folder of Parquet files, or one file.")
     if not _is_csv(path) and files[0].suffix.lower() not in (".parquet", ".pq"):
         raise LogError(f"{path}: unknown kind of file. Give .parquet, .csv, .csv.gz or a folder of .parquet files.")
-    if sum(f.stat().st_size for f in files) == 0:
-        raise LogError(f"{path}: the file is empty (0 bytes). Export the log again.")
+    mistaken = [problem for file in files if (problem := _mistaken(file))]
+    if mistaken:
+        raise LogError("\n".join(mistaken))
     with tempfile.TemporaryDirectory(prefix="kaleidoscope-") as scratch:
         database = duckdb.connect(
             ":memory:",
@@ -407,28 +300,129 @@ def _open(path: Path, schema: LogSchema) -> Iterator[duckdb.DuckDBPyConnection]:
             database.execute(f"CREATE VIEW log AS SELECT * FROM {source}")
             yield database
         except duckdb.Error as error:
-            raise LogError(_unreadable(path, str(error))) from error
+            raise LogError(_unreadable(path, str(error), schema)) from error
         finally:
             database.close()
 
 
+def _mistaken(path: Path) -> str | None:
+    """What is wrong with a file whose bytes are not what its name says, and the remedy; None where they agree."""
+    is_csv, packed = _is_csv(path), path.suffix.lower() == ".gz"
+    stem = path.name[: -len(".csv.gz" if packed else path.suffix)]
+    try:
+        with path.open("rb") as file:
+            start = file.read(PEEKED_BYTES)
+            file.seek(max(0, path.stat().st_size - 4))
+            end = file.read(4)
+    except OSError as error:
+        return f"{path}: cannot be read: {error}. See that it is a file you may read."
+    if not start:
+        return f"{path}: the file is empty (0 bytes). Export the log again."
+    kind, remedy = _kind(start), "Export the log as CSV or Parquet."
+    if packed and kind == "gzip":
+        try:
+            with gzip.open(path) as unpacked:
+                kind = _kind(unpacked.read(PEEKED_BYTES))
+        except (OSError, EOFError, zlib.error) as error:
+            return f"{path}: cannot be read: {error}. The copy is torn or damaged: copy or export the file again."
+        if kind in (None, "text"):
+            return None
+        if kind == "Parquet":
+            remedy = f"Unpack it (`gunzip`) and rename it to {stem}.parquet."
+    elif is_csv and not packed and kind in (None, "text"):
+        return None
+    elif kind == "Parquet" and not is_csv:
+        torn = f"{path}: cannot be read: it begins as Parquet but does not end so (`PAR1`). Copy or export it again."
+        return None if end == b"PAR1" else torn
+    elif kind == "Parquet":
+        remedy = f"Rename it to {stem}.parquet."
+    elif kind == "gzip":
+        remedy = f"If it is a packed CSV, rename it to {stem}.csv.gz; otherwise unpack it (`gunzip`) first."
+    elif kind == "text":
+        remedy = f"If it is CSV, rename it to {stem}.csv; otherwise export it as CSV or Parquet."
+    if kind is not None and kind.startswith("UTF-"):
+        return f"{path}: {_converted(path, kind)}"
+    wanted = "a packed CSV" if packed else "CSV" if is_csv else "Parquet"
+    return f"{path}: is named as {wanted} but holds {kind or 'something else'}. {remedy}"
+
+
+_SIGNATURES = {
+    b"PAR1": "Parquet",
+    b"PARE": "encrypted Parquet",
+    b"\x1f\x8b": "gzip",
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"PK\x03\x04": "a zip archive or an Excel workbook",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook",
+    b"BZh": "bzip2",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\x00": "xz",
+    b"ARROW1": "Arrow (Feather)",
+    b"ORC": "ORC",
+    b"Obj\x01": "Avro",
+    b"SQLite format 3": "an SQLite database",
+}
+
+
+def _kind(start: bytes) -> str | None:
+    """What a file is by its first bytes: of a known kind, "text" in UTF-8, or None where they do not tell."""
+    for signature, kind in _SIGNATURES.items():
+        if start.startswith(signature) and not (signature.isalnum() and len(start) > 100 and _is_text(start)):
+            return kind
+    if b"\0" in start and len(start) > 4:  # UTF-16 without its mark: every second byte of plain letters is 0
+        zero = (np.frombuffer(start[: len(start) // 2 * 2], np.uint8).reshape(-1, 2) == 0).mean(axis=0)
+        if zero.max() > 0.5 > zero.min():
+            return "UTF-16LE" if zero[1] > zero[0] else "UTF-16BE"
+    if _is_text(start):
+        return "text"
+    return "binary data" if b"\0" in start and not _is_text(start.replace(b"\0", b"")) else None
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether the bytes are UTF-8 without zeros; the last character may be cut off."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in start
+
+
+@contextmanager
+def _text_of(path: Path) -> Iterator[IO[str]]:
+    """The text of a CSV, unpacked where it is packed."""
+    packed = path.suffix.lower() == ".gz"
+    with (
+        gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+        if packed
+        else path.open(encoding="utf-8-sig", newline="") as file
+    ):
+        yield file
+
+
+def _header(path: Path, schema: LogSchema) -> tuple[str, list[str]]:
+    """The delimiter, the one that yields the schema's columns, and the names in the header line."""
+    try:
+        with _text_of(path) as file:
+            start = file.read(1 << 20)
+        headers = {d: next(csv.reader(io.StringIO(start, newline=""), delimiter=d), []) for d in ",;\t|"}
+    except UnicodeDecodeError as error:
+        raise LogError(_unreadable(path, str(error), schema)) from error
+    except csv.Error as error:
+        raise LogError(
+            f"{path}, line 1: no header can be read ({error}). The first line must hold the names of the columns."
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise LogError(f"{path}: cannot be read: {error}. Repair the file or export it again.") from error
+    delimiter = max(headers, key=lambda d: (len(set(schema.columns) & set(headers[d])), len(headers[d])))
+    return delimiter, headers[delimiter]
+
+
 def _dialect(path: Path, schema: LogSchema) -> str:
     """Options for read_csv from the header alone. DuckDB's own guess skips leading rows when one further down is odd,
-    so nothing is left to guess but the delimiter: the one that yields the schema's columns."""
-    try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-            if path.suffix.lower() == ".gz"
-            else path.open(encoding="utf-8-sig", newline="") as file
-        ):
-            start = file.read(1 << 20)
-    except UnicodeDecodeError as error:
-        raise LogError(_unreadable(path, str(error))) from error
-    except (OSError, EOFError) as error:
-        raise LogError(f"{path}: cannot be read: {error}. Repair the file or export it again.") from error
-    headers = {d: next(csv.reader(io.StringIO(start, newline=""), delimiter=d), []) for d in ",;\t|"}
-    delimiter = max(headers, key=lambda d: (len(set(schema.columns) & set(headers[d])), len(headers[d])))
-    header = headers[delimiter]
+    so nothing is left to guess but the delimiter."""
+    delimiter, header = _header(path, schema)
     if not any(header):
         raise LogError(f"{path}: the file is empty: it has no header line. Export the log again, with column names.")
     folded = [name.lower() for name in header]
@@ -445,15 +439,111 @@ def _dialect(path: Path, schema: LogSchema) -> str:
     )
 
 
-def _unreadable(path: Path, reason: str) -> str:
+def _converted(path: Path, encoding: str | None = None) -> str:
+    """That a text is in another encoding than UTF-8 (None: which one nobody knows), and how to convert it."""
+    packed = path.suffix.lower() == ".gz"
+    stem, convert = path.name.partition(".csv")[0], f"iconv -f {encoding or 'WINDOWS-1252'} -t UTF-8"
+    command = f"gunzip -c {path.name} | {convert}" if packed else f"{convert} {path.name}"
+    return (
+        f"the text is {f'{encoding}, ' if encoding else ''}not UTF-8. Convert the file, for example with"
+        f" `{command} > {stem}-utf8.csv`, and give the new file."
+    )
+
+
+def _unreadable(path: Path, reason: str, schema: LogSchema) -> str:
+    """Why DuckDB could not read a file, in our words where we know them."""
     line = re.search(r"Line: (\d+)", reason)
     where = f"{path}, line {line[1]}" if line else str(path)
     if re.search(r"utf-?8|unicode", reason, re.IGNORECASE):
+        bad = _line_not_utf8(path)
+        return f"{path}{'' if bad is None else f', line {bad}'}: {_converted(path)}"
+    if "unterminated quote" in reason:
         return (
-            f"{where}: the text is not UTF-8. Convert the file, for example with"
-            f" `iconv -f WINDOWS-1252 -t UTF-8 {path.name} > utf8.csv`, and give the new file."
+            f'{where}: a quote (") opens a value and does not close it, or other text follows it. Write quotes within'
+            ' values twice (""), or export the file again.'
         )
-    return f"{where}: cannot be read: {reason.strip().splitlines()[0]} Repair the file or export it again."
+    if "invalid state" in reason:
+        return (
+            f"{path}: the lines do not all end in the same way, or quotes do not match. Give all lines one kind of end,"
+            f" for example with `dos2unix {path.name}`, or export the file again."
+        )
+    if "Maximum line size" in reason:
+        return f"{where}: the line is longer than 2 MB. See whether a quote is left open there, or shorten its values."
+    fields = re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", reason)
+    if fields:
+        delimiter, header = _header(path, schema)
+        number, found = _ragged_line(path, delimiter, len(header)) or (int(line[1]) if line else 1, int(fields[2]))
+        names = ", ".join(repr(name) for name in header[:3]) + (", …" if len(header) > 3 else "")
+        shown = "tab" if delimiter == "\t" else f"`{delimiter}`"
+        return (
+            f"{path}, line {number}: {found} field{'s' * (found != 1)}, where the header names {len(header)} ({names})."
+            f" Correct the line: a value that holds the delimiter ({shown}) or a line break goes in quotes, an empty"
+            " value keeps its delimiter."
+        )
+    what = reason.strip().splitlines()[0].rstrip(".")
+    return f"{where}: cannot be read: {what}. Repair the file or export it again."
+
+
+def _line_not_utf8(path: Path) -> int | None:
+    """The first line that is not UTF-8."""
+    try:
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError:
+                    return number
+    except (OSError, EOFError, zlib.error):
+        pass
+    return None
+
+
+def _ragged_line(path: Path, delimiter: str, expected: int) -> tuple[int, int] | None:
+    """Number and fields of the first line that has not as many as expected: DuckDB counts records, not lines, and stops
+    at the first field too many."""
+    try:
+        with _text_of(path) as file:
+            reader, start = csv.reader(file, delimiter=delimiter), 1
+            for record in reader:
+                if record and len(record) != expected:
+                    return start, len(record)
+                start = reader.line_num + 1
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error):
+        pass
+    return None
+
+
+def _alike(path: Path, missing: Sequence[str]) -> dict[str, str]:
+    """The missing columns that a Parquet file has, but beside others of the same name but for capitals: SQL does not
+    tell them apart."""
+    if _is_csv(path):
+        return {}
+    file = path if path.is_file() else min(path.rglob("*.parquet"))
+    try:
+        names = pq.read_schema(file).names
+    except (OSError, pa.ArrowException):
+        return {}
+    found = {}
+    for name in set(missing) & set(names):
+        alike = ", ".join(repr(n) for n in names if n.lower() == name.lower())
+        found[name] = (
+            f"{path}: column {name!r}: names that differ in capitals alone cannot be told apart: {alike}. Name every"
+            " column differently."
+        )
+    return found
+
+
+def _nested(schema: LogSchema, types: Mapping[str, str]) -> Iterator[Check]:
+    """User, context and tag columns whose cells hold more than one value, in a way that is not understood."""
+    for role in ("user", "context", "variant"):
+        for name in schema.role(role):
+            kind = types[name].removesuffix("[]") if role == "variant" else types[name]
+            if kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION")):
+                message = (
+                    f"{'tag' if role == 'variant' else role} column {name!r} holds {types[name]}: every cell is taken"
+                    " as one text. Give each part a column of its own."
+                )
+                yield Check("nested_column", Level.WARNING, message)
 
 
 def _missing_column(path: Path, name: str, schema: LogSchema, present: list[str]) -> str:
@@ -468,7 +558,13 @@ def _missing_column(path: Path, name: str, schema: LogSchema, present: list[str]
 
 
 _INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")
-_NUMBERS = (*_INTEGERS, "UBIGINT", "HUGEINT", "UHUGEINT", "FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN")
+_WIDE_INTEGERS = ("UBIGINT", "HUGEINT", "UHUGEINT")
+_NUMBERS = (*_INTEGERS, *_WIDE_INTEGERS, "FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN")
+
+
+def _is_wide(kind: str) -> bool:
+    """Whether a type holds whole numbers that 64 bits may not hold: they are read as text, as those of a CSV are."""
+    return kind in _WIDE_INTEGERS or re.fullmatch(r"DECIMAL\(\d+,0\)", kind) is not None
 
 
 def _load(
@@ -527,6 +623,8 @@ def _number_sql(name: str, kind: str, *, time: bool) -> str:
 
 def _feature_sql(name: str, kind: str) -> str:
     base = kind.split("(")[0]
+    if _is_wide(kind):
+        return f"CAST({_name(name)} AS VARCHAR)"
     if base in _INTEGERS:
         return f"CAST({_name(name)} AS BIGINT)"
     if base in _NUMBERS and base != "BOOLEAN":
@@ -570,8 +668,7 @@ def _assemble(
     columns: Mapping[tuple[str, str], pa.Array],
     problems: _Problems,
     n: int,
-    *,
-    typed: bool,
+    untyped: set[str],
 ) -> Log:
     numbers = {
         role: column.to_numpy(zero_copy_only=False) for (role, _), column in columns.items() if role in _NUMBER_ROLES
@@ -581,12 +678,18 @@ def _assemble(
     if schema.weight is not None:
         bad = ~((weight >= 0) & np.isfinite(weight))
         problems.rows(bad, schema.weight, "weight is negative or not a number", "Give weights ≥ 0, or drop these rows.")
+        if not bad.any():
+            weight = _scaled(weight, row, reward, count, schema, problems)
     propensity = numbers.get("propensity")
     if schema.propensity is not None and propensity is not None:
         remedy = "Log P(variant | what was known) with every exposure, or set `propensity: null` to have it estimated."
         problems.rows(~((propensity > 0) & (propensity <= 1)), schema.propensity, "propensity outside (0, 1]", remedy)
+        remedy = "No choice is that rare: see whether the column holds something else, or drop these rows."
+        tiny = (propensity > 0) & (propensity < LEAST_PROPENSITY)
+        problems.rows(tiny, schema.propensity, f"propensity below {LEAST_PROPENSITY:g}", remedy)
     time = numbers.get("time")
-    if schema.time is not None and time is not None and np.isnan(time).any():
+    if schema.time is not None and time is not None and not np.isfinite(time).all():
+        time = np.where(np.isfinite(time), time, np.nan)
         message = f"column {schema.time!r}: {int(np.isnan(time).sum()):,} rows have no time that can be read."
         problems.notes.append(Check("time_unreadable", Level.WARNING, message))
     variant, variants = _variants(schema, columns, problems)
@@ -600,8 +703,8 @@ def _assemble(
                 remedy = "Rows compete within a group: name one, or drop these rows."
                 problems.rows(codes == len(names) - 1, name, "no group", remedy)
     features = {name: columns[role, name] for role in ("user", "context") for name in schema.role(role)}
-    if not typed:
-        features = {name: _typed(column) for name, column in features.items()}
+    features = {name: _typed(column) if name in untyped else column for name, column in features.items()}
+    features = {name: _finite(column, name, problems) for name, column in features.items()}
     group = named["group"][1]
     _comparable(schema, variant, variants, group, problems)
     log = Log(
@@ -647,9 +750,11 @@ def _outcome(
         column = str(schema.clicks)
         any_bad = False
         for role, values in (("clicks", clicks), ("impressions", impressions)):
-            bad = ~((values >= 0) & (values == np.floor(values)) & np.isfinite(values))
-            remedy = "Give whole numbers ≥ 0, or drop these rows."
-            any_bad |= problems.rows(bad, schema.role(role)[0], f"{role} is not a whole number ≥ 0", remedy)
+            bad = ~((values >= 0) & (values == np.floor(values)) & (values <= MOST_IMPRESSIONS))
+            remedy = "Give such numbers, or drop these rows."
+            any_bad |= problems.rows(
+                bad, schema.role(role)[0], f"{role} is not a whole number ≥ 0 and ≤ {MOST_IMPRESSIONS:g}", remedy
+            )
         remedy = "Clicks are counted among the impressions: correct or drop these rows, or swap the two keys."
         any_bad |= problems.rows(clicks > impressions, column, f"more clicks than {schema.impressions!r}", remedy)
         if not any_bad:
@@ -665,6 +770,23 @@ def _outcome(
         what = f"the label is {int(reward[0])} in all {n:,} rows"
         problems.whole(column, what, "Nothing can be learned from it: check the export, or name another label.")
     return row, reward, count
+
+
+def _scaled(
+    weight: Floats, row: Codes, reward: NDArray[np.float32], count: Floats, schema: LogSchema, problems: _Problems
+) -> Floats:
+    """Weights with a mean of 1 per exposure: what they are relative to each other is all they say."""
+    column, heaviest = str(schema.weight), float(weight.max(initial=0))
+    if heaviest == 0:
+        problems.whole(column, f"the weight is 0 in all {len(weight):,} rows", "Give the rows that count a weight.")
+        return weight
+    weight = weight / heaviest
+    counted = reward[(weight[row] > 0) & (count > 0)]
+    if (reward != reward[0]).any() and (counted == counted[:1]).all():
+        what = f"the label is {int(counted[0])} in all rows with a weight above 0" if len(counted) else "no exposure"
+        problems.whole(column, what, "Nothing can be learned from it: check the weights, or set `weight: null`.")
+        return weight
+    return np.asarray(weight / np.average(weight[row], weights=count))
 
 
 def _tag_values(text: str | None, *, is_list: bool) -> tuple[str, ...]:
@@ -767,19 +889,43 @@ def _units(schema: LogSchema, columns: Mapping[tuple[str, str], pa.Array], probl
 
 
 def _typed(column: pa.Array) -> pa.Array:
-    """A CSV column of text as numbers, if all of its values are numbers and none is written as a code (007)."""
+    """A column of text as numbers, if all of its values are numbers and none is written as a code (007). Whole numbers
+    that 64 bits do not hold stay text: as floats, different ones would become the same."""
     if not pa.types.is_dictionary(column.type) or not len(column.dictionary):
         return column
     texts = pc.utf8_trim_whitespace(column.dictionary)
     texts = pc.if_else(pc.is_in(texts, pa.array(sorted(MISSING_TEXTS))), None, texts)
-    number = pc.match_substring_regex(texts, f"^{NUMBER}$")
+    infinite = pc.match_substring_regex(texts, f"^{INFINITE}$", ignore_case=True)
+    number = pc.or_(pc.match_substring_regex(texts, f"^{NUMBER}$"), infinite)
     code = pc.match_substring_regex(texts, f"^{CODE_NUMBER}$")
-    if texts.null_count == len(texts) or not pc.all(number).as_py() or pc.any(code).as_py():
+    if pc.all(pc.fill_null(infinite, True)).as_py() or not pc.all(number).as_py() or pc.any(code).as_py():
         return column
-    whole = pc.all(pc.match_substring_regex(texts, "^[+-]?[0-9]{1,18}$")).as_py()
-    return pc.cast(pc.replace_substring_regex(texts, r"^\+", ""), pa.int64() if whole else pa.float64()).take(
-        column.indices
+    plain = pc.replace_substring_regex(texts, r"^\+", "")
+    if not pc.all(pc.or_(pc.match_substring_regex(texts, "^[+-]?[0-9]+$"), infinite)).as_py():
+        return pc.cast(plain, pa.float64()).take(column.indices)
+    try:
+        whole = pc.cast(pc.if_else(infinite, None, plain), pa.int64())
+    except pa.ArrowInvalid:
+        return column
+    infinities = pc.any(infinite).as_py()
+    return (pc.cast(plain, pa.float64()) if infinities else whole).take(column.indices)
+
+
+def _finite(column: pa.Array, name: str, problems: _Problems) -> pa.Array:
+    """A column without infinite numbers: they are taken as missing, and a warning says so."""
+    if not pa.types.is_floating(column.type):
+        return column
+    infinite = pc.fill_null(pc.is_inf(column), False)
+    rows = int(pc.sum(infinite).as_py() or 0)
+    if not rows:
+        return column
+    message = (
+        f"column {name!r}: infinite in {rows:,} row{'s' * (rows > 1)}, first data row"
+        f" {pc.index(infinite, True).as_py() + 1:,}; taken as missing. If they mean something (never, without limit),"
+        " write a number or put the column as text."
     )
+    problems.notes.append(Check("not_finite", Level.WARNING, message))
+    return pc.if_else(infinite, None, column)
 
 
 # ------------------------------------------------------------------------------------------------ warnings
@@ -798,6 +944,10 @@ def _warnings(log: Log, duplicates: int) -> list[Check]:
             " were logged twice, drop the repeats; if different users look alike, all is well.",
         )
     schema = log.schema
+    if not schema.context:
+        warn("no_context", "the schema names no `context` columns: there is no best variant per context.", Level.INFO)
+    if not schema.user:
+        warn("no_user_features", "the schema names no `user` columns: nothing can be personal.", Level.INFO)
     if log.unit is not None:
         exposures = np.bincount(log.unit, log.count)
         once = float((exposures <= 1).mean())
@@ -820,7 +970,13 @@ def _warnings(log: Log, duplicates: int) -> list[Check]:
         if empty > 0.5:
             warn("mostly_missing", f"{role} column {name!r} is empty in {empty:.1%} of the rows.")
         text = pa.types.is_dictionary(column.type)
-        if (
+        if role == "user" and text and distinct > 1 and _all_dates(column):
+            warn(
+                "date_column",
+                f"user column {name!r} holds dates: each is a value of its own, and later ones say nothing. Give what"
+                " matters of them (days since, month, weekday, hour) in columns instead.",
+            )
+        elif (
             role == "user"
             and not pa.types.is_floating(column.type)
             and distinct > (0.5 if text else 0.95) * min(log.n_units, len(log))
@@ -848,6 +1004,11 @@ def _warnings(log: Log, duplicates: int) -> list[Check]:
                 f" variant ({example}, …) or by all the values of one tag dimension.",
             )
     return checks
+
+
+def _all_dates(column: pa.DictionaryArray) -> bool:
+    texts = column.dictionary
+    return bool(len(texts) and pc.all(pc.match_substring_regex(texts, f"^{DATE}$")).as_py())
 
 
 def _varying(log: Log) -> list[Check]:
@@ -899,6 +1060,11 @@ def _propensity_mean(log: Log) -> list[Check]:
         f"column {log.schema.propensity!r}: mean(1/propensity) is {mean:.4g} (se {se:.2g}), but {high:.4g} variants"
         " could be shown. A propensity is the probability of the variant that was shown, given all the choice knew."
     )
+    if mean - margin > IMPOSSIBLE * max(low + unseen_low, high + unseen_high):
+        message += (
+            " These are none, and values that rest on them mean nothing: correct them, or set `propensity: null`."
+        )
+        return [Check("propensity_mean", Level.ERROR, message)]
     return [Check("propensity_mean", Level.WARNING, message)]
 
 

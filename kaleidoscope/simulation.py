@@ -181,7 +181,8 @@ class World:
             columns[name] = _labels(name, self.variant_tags[variant, d])
         for s, name in enumerate(self.slot_names):
             columns[name] = _labels(name, self.variant_materials[variant, s])
-        columns["variant_id"] = _labels("v", variant)
+        ids = self.variant_ids
+        columns["variant_id"] = pa.DictionaryArray.from_arrays(pa.array(variant.astype(np.int32)), pa.array(ids))
         columns["user_id"] = pa.array(unit)
         columns["propensity"] = pa.array(np.full(rows, 1.0 / len(shown)))
         columns["click"] = pa.array(click.astype(np.int8))
@@ -214,6 +215,11 @@ class World:
     def slot_names(self) -> tuple[str, ...]:
         """Names of the slots, in the order of `variant_materials`."""
         return _names(SLOTS, len(self.spec.materials), "slot")
+
+    @property
+    def variant_ids(self) -> list[str]:
+        """What `variant_id` of a log calls each variant."""
+        return [f"v_{i}" for i in range(self.n_variants)]
 
     @property
     def variants(self) -> pa.Table:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.special import expit
 
@@ -21,7 +22,8 @@ from kaleidoscope.commands.report import Evidence, render_report
 from kaleidoscope.encoding import Encoder
 from kaleidoscope.errors import JobError, LogError
 from kaleidoscope.exposure import Independence, Srm, Support, exposure_independence, logging_policy, srm
-from kaleidoscope.log import Check, Log, LogSchema, read_log, read_schema
+from kaleidoscope.log import Check, Log, read_log
+from kaleidoscope.log_schema import LogSchema, read_schema
 from kaleidoscope.policy_value import (
     Estimate,
     LoggedRows,
@@ -43,7 +45,7 @@ from kaleidoscope.progress import Progress
 from kaleidoscope.vocabulary import Level, Policy
 from models.baselines import LightGbm
 from models.batch import Examples, columns_of
-from models.metrics import AucSums, LogLossSums, calibration
+from models.metrics import AucSums, LogLossSums, calibration, grouped_auc
 from models.permutation import OneStep, permuted_rows
 from models.tables import Layout, Tables, fit_tables
 from models.train import CtrModel, fit_network, threads_for
@@ -60,6 +62,16 @@ PERMUTED_ROWS = 200_000
 PERMUTED_PAIRS = 20_000_000  # (row, variant) scores per permutation
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What was learned from a log: for machines, for the report, and for whoever can show variants to new users."""
+
+    summary: dict[str, object]  # summary.json
+    evidence: Evidence
+    variants: pa.Table  # of the log, in the order in which the networks score them
+    networks: list[CtrModel]  # one per fold, which it has not seen
+
+
 def run_learn(
     log_path: Path,
     schema_path: Path,
@@ -67,60 +79,82 @@ def run_learn(
     *,
     seed: int,
     progress: Progress,
-    simulated: bool = False,
 ) -> dict[str, object]:
     """Learn from the log at `log_path` and write `out_dir`/summary.json and report.html; returns the summary.
 
-    `simulated` marks the report.
-
     Raises SchemaError or LogError where the input cannot be used; then nothing is written.
     """
+    return learn_file(log_path, schema_path, out_dir, seed=seed, progress=progress).summary
+
+
+def learn_file(
+    log_path: Path,
+    schema_path: Path,
+    out_dir: Path,
+    *,
+    seed: int,
+    progress: Progress,
+    simulated: bool = False,
+) -> Learned:
+    """As `run_learn`, and returns all that was learned. `simulated` marks the report."""
     clock = _Clock(progress)
     with clock("read"):
         schema = read_schema(schema_path)
         log = read_log(log_path, schema)
-    if log.n_units < MIN_UNITS:
+    counted = log.take(log.weight > 0).n_units if (log.weight == 0).any() else log.n_units
+    if counted < MIN_UNITS:
+        weighed = "" if counted == log.n_units else " with a weight above 0"
         raise LogError(
-            f"{log_path}: {log.n_units} units in all {log.file_rows:,} rows; {MIN_UNITS} are needed to learn on some "
-            "and judge on others. If `unit` is not the user's id, name another column or leave it out."
+            f"{log_path}: {counted} units{weighed} in all {log.file_rows:,} rows; {MIN_UNITS} are needed to learn on "
+            "some and judge on others. If `unit` is not the user's id, name another column or leave it out."
         )
     _prepare(out_dir)
     with threads_for(len(log)):
-        summary, evidence = learn(log, schema, seed=seed, clock=clock, simulated=simulated)
-    _write(out_dir, summary, render_report(summary, evidence))
-    return summary
+        learned = learn(log, schema, seed=seed, clock=clock, simulated=simulated)
+    _write(out_dir, learned.summary, render_report(learned.summary, learned.evidence))
+    return learned
 
 
-def learn(
-    log: Log, schema: LogSchema, *, seed: int, clock: _Clock, simulated: bool = False
-) -> tuple[dict[str, object], Evidence]:
-    """The summary of the log contract, and what the report shows beside it."""
+def learn(log: Log, schema: LogSchema, *, seed: int, clock: _Clock, simulated: bool = False) -> Learned:
+    """The summary of the log contract, what the report shows beside it, and the networks.
+
+    Rows of weight 0 are exposures, but say nothing of what policies earn. A log whose exposure depends on the user with
+    unknown propensities supports no claim: no policy gets a value.
+    """
     with clock("check"):
         mismatch = srm(log)
         independence = exposure_independence(log, seed=seed)
+    has_claim = log.propensity is not None or not independence.dependent
+    units, positive_rate = log.n_units, log.positive_rate
     with clock("encode"):
+        if (log.weight == 0).any():
+            log = log.take(log.weight > 0)
         log, fold = log.folds(_n_folds(len(log)), seed)
         support = logging_policy(log)
         encoder = _fit_encoder(log, schema)
         examples = Examples.of(log, encoder)
     with clock("cross-fit"):
-        fitted = _cross_fit(examples, encoder, fold, support, schema, seed=seed, advance=clock.advance)
+        policies = _policies(schema) if has_claim else []
+        fitted = _cross_fit(examples, encoder, fold, support, schema, policies, seed=seed, advance=clock.advance)
     with clock("baselines"):
         model = _judge(examples, encoder, fold, fitted, schema, seed=seed)
-    with clock("value"):
-        values = _value(log, examples, support, fitted, n_folds=int(fold.max()) + 1)
-    with clock("permute"):
-        p = None
+    values, p = None, None
+    if has_claim:
+        with clock("value"):
+            values = _value(log, examples, support, fitted, n_folds=int(fold.max()) + 1)
         if schema.user:
-            p = _permutation_p(log, examples, encoder, fold, support, fitted, values, seed=seed, advance=clock.advance)
-    over, gain = values.gains.get(Policy.PERSONALISED, (None, None))
-    has_claim = log.propensity is not None or not independence.dependent
-    gains = {policy: found for policy, (_, found) in values.gains.items()}
+            with clock("permute"):
+                p = _permutation_p(
+                    log, examples, encoder, fold, support, fitted, values, seed=seed, advance=clock.advance
+                )
+    estimates = {} if values is None else values.estimates
+    gains = {} if values is None else values.gains
+    over, gain = gains.get(Policy.PERSONALISED, (None, None))
     summary: dict[str, object] = {
         "rows": log.file_rows,
-        "units": log.n_units,
+        "units": units,
         "variants": log.n_variants,
-        "positive_rate": log.positive_rate,
+        "positive_rate": positive_rate,
         "checks": [
             {"code": c.code, "level": str(c.level), "message": c.message}
             for c in (*log.checks, *_findings(mismatch, independence, has_claim=has_claim))
@@ -128,7 +162,7 @@ def learn(
         "srm": None if mismatch is None else {"p_value": mismatch.p_value, "flagged": mismatch.flagged},
         "exposure_independence": {"p_value": independence.p_value, "dependent": independence.dependent},
         "model": model,
-        "policy_value": {str(policy): _numbers(values.estimates.get(policy)) for policy in Policy},
+        "policy_value": {str(policy): _numbers(estimates.get(policy)) for policy in Policy},
         "personalisation_gain": None
         if over is None or gain is None
         else {
@@ -139,7 +173,7 @@ def learn(
             "ci_high": gain.ci_high,
             "permutation_p": p,
         },
-        "verdict": str(verdict(values.estimates, gains, p, has_claim)),
+        "verdict": str(verdict(estimates, {policy: found for policy, (_, found) in gains.items()}, p, has_claim)),
         "insights": None,
         "main_effects": None,
         "timings_s": clock.seconds,
@@ -147,7 +181,8 @@ def learn(
         | {"python": platform.python_version()},
         "seed": seed,
     }
-    return summary, _evidence(log, schema, support, fitted, examples, values, mismatch, simulated=simulated)
+    evidence = _evidence(log, schema, support, fitted, examples, values, mismatch, simulated=simulated)
+    return Learned(summary, evidence, log.variants, fitted.networks)
 
 
 # ── cross-fitting ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -181,20 +216,25 @@ def _fit_encoder(log: Log, schema: LogSchema) -> Encoder:
     )
 
 
+def _policies(schema: LogSchema) -> list[Policy]:
+    """The policies that are learned from a log with these columns."""
+    policies = [Policy.BEST_SINGLE]
+    policies += [Policy.BEST_PER_CONTEXT] if schema.context else []
+    return policies + ([Policy.PERSONALISED] if schema.user else [])
+
+
 def _cross_fit(
     examples: Examples,
     encoder: Encoder,
     fold: Ints,
     support: Support,
     schema: LogSchema,
+    policies: list[Policy],
     *,
     seed: int,
     advance: Callable[[float], None],
 ) -> _CrossFit:
     n, k = len(examples), int(fold.max()) + 1
-    policies = [Policy.BEST_SINGLE]
-    policies += [Policy.BEST_PER_CONTEXT] if schema.context else []
-    policies += [Policy.PERSONALISED] if schema.user else []
     out = _CrossFit(
         np.empty(n),
         np.empty(n),
@@ -219,7 +259,8 @@ def _cross_fit(
             pick = greedy(_ranker(*rankers[policy]), support, held)
             out.chosen[policy][held] = pick.chosen
             out.q_chosen[policy][held] = expit(network.logits(examples.features.take(held), pick.chosen))
-        out.q_uniform[held] = greedy(_ranker(network, examples, expit), support, held).q_uniform
+        if policies:
+            out.q_uniform[held] = greedy(_ranker(network, examples, expit), support, held).q_uniform
         out.blind.append(blind)
         out.networks.append(network)
         advance((f + 1) / k)
@@ -446,30 +487,36 @@ def _evidence(
     support: Support,
     fitted: _CrossFit,
     examples: Examples,
-    values: _Values,
+    values: _Values | None,
     mismatch: Srm | None,
     *,
     simulated: bool,
 ) -> Evidence:
     curve = calibration(np.asarray(expit(fitted.network_logit)), examples.reward, examples.weight)
-    known = [e for e in values.estimates.values() if e is not None]
-    last = known[-1] if known else None
+    estimates = {} if values is None else {policy: e for policy, e in values.estimates.items() if e is not None}
+    last = list(estimates.values())[-1] if estimates else None
+    matched = {
+        f"matched_rows_{policy}": found.matched_rows
+        for policy, found in estimates.items()
+        if values is not None and values.scores[policy].weights.weighting is not Weighting.PSEUDO_INVERSE
+    }
+    others = {} if values is None else values.others
     return Evidence(
         log_name=log.path.name,
         scene=schema.scene,
         simulated=simulated,
         calibration=list(zip(curve.predicted.tolist(), curve.observed.tolist(), curve.weight.tolist(), strict=True)),
+        grouped_auc=_grouped_auc(log, examples, fitted),
         other_estimators={
-            str(policy): {name: _numbers(found) for name, found in others.items()}
-            for policy, others in values.others.items()
+            str(policy): {name: _numbers(found) for name, found in both.items()} for policy, both in others.items()
         },
         assumption=last.assumption if last else "the propensities are right",
-        method=last.method if last else f"dr, {values.weighting}",
+        method=last.method if last else "" if values is None else f"dr, {values.weighting}",
         support={
             "mean_eligible": float(np.average(support.n_eligible, weights=log.count)),
             "variants": float(log.n_variants),
         }
-        | {f"matched_rows_{policy}": found.matched_rows for policy, found in values.estimates.items() if found},
+        | matched,
         propensities="estimated from context" if support.estimated else "known",
         srm_groups=[(g.group, g.p_value, g.exposures) for g in mismatch.groups] if mismatch else [],
         srm_arms=[(d.arm, d.share, d.designed) for d in mismatch.deviations] if mismatch else [],
@@ -477,6 +524,13 @@ def _evidence(
         context_columns=list(schema.context),
         variant_columns=list(schema.variant),
     )
+
+
+def _grouped_auc(log: Log, examples: Examples, fitted: _CrossFit) -> float | None:
+    """Held-out AUC within users; None where hardly any has several exposures (as the check of the log judges it)."""
+    if log.unit is None or any(check.code == "units_seen_once" for check in log.checks):
+        return None
+    return grouped_auc(fitted.network_logit, examples.reward, examples.unit, examples.weight)
 
 
 def _prepare(out_dir: Path) -> None:

@@ -63,10 +63,11 @@ class Evidence:
     scene: str
     simulated: bool
     calibration: list[tuple[float, float, float]]  # (mean predicted, observed rate, exposures) per bin
+    grouped_auc: float | None  # within users; None where they do not repeat
     other_estimators: dict[str, dict[str, dict[str, float] | None]]  # policy → "ips" | "snips" → value, se, interval
     assumption: str  # what the values assume, a sentence fragment
     method: str
-    support: dict[str, float]  # "mean_eligible", "variants", "matched_rows_<policy>"
+    support: dict[str, float]  # "mean_eligible", "variants", "matched_rows_<policy>" (where rows can be counted)
     propensities: str  # "known" | "estimated from context"
     srm_groups: list[tuple[str, float, int]]  # failed groups: name, p, exposures
     srm_arms: list[tuple[str, float, float]]  # deviating arms: name, share, designed share
@@ -92,7 +93,7 @@ def render_report(summary: Mapping[str, Any], evidence: Evidence) -> str:
         verdict=verdict,
         headline=HEADLINES[verdict],
         sentence=advice.verdict_sentence(summary),
-        no_claim=advice.supports_no_claim(summary),
+        no_values=advice.no_values(summary),
         lift=_lift(summary),
         cautions=_cautions(summary),
         steps=advice.next_steps(summary),
@@ -100,7 +101,10 @@ def render_report(summary: Mapping[str, Any], evidence: Evidence) -> str:
         policy_plot=_policy_plot(summary, evidence),
         calibration_plot=_calibration_plot(evidence),
         auc_plot=_auc_plot(summary["model"], evidence),
-        auc_pairs=_auc_pairs(summary["model"]),
+        auc_pairs=_auc_pairs(None if summary["model"] is None else summary["model"]["auc"]),
+        grouped_pairs=_auc_pairs(evidence.grouped_auc),
+        pseudo_inverse="pseudo_inverse" in evidence.method,
+        marginalised="marginalised" in evidence.method,
         checks=checks,
         shown=SHOWN,
         shown_checks=SHOWN_CHECKS,
@@ -138,8 +142,6 @@ def _lift(summary: Mapping[str, Any]) -> str | None:
     """The gain relative to what it is over, where that is well enough known to divide by."""
     gain = summary["personalisation_gain"]
     base = None if gain is None else summary["policy_value"][gain["over"]]
-    if advice.supports_no_claim(summary):
-        return None
     if gain is None or base is None or base["value"] <= 0 or base["se"] > 0.1 * base["value"]:
         return None
     value, low, high = (gain[key] / base["value"] for key in ("value", "ci_low", "ci_high"))
@@ -190,7 +192,7 @@ def _policy_row(policy: Policy, summary: Mapping[str, Any], evidence: Evidence) 
     """The cells of the table of policy values."""
     value = summary["policy_value"][policy]
     others = evidence.other_estimators.get(policy) or {}
-    row = {"name": LABELS[policy], "value": _why_unknown(policy, evidence), "ess": "", "matched": ""}
+    row = {"name": LABELS[policy], "value": _why_unknown(policy, summary), "ess": "", "matched": ""}
     matched = evidence.support.get(f"{MATCHED}{policy}")
     if matched is not None:
         row["matched"] = f"{matched:,.0f}"
@@ -209,17 +211,14 @@ def _half(value: Mapping[str, float]) -> float:
     return (value["ci_high"] - value["ci_low"]) / 2
 
 
-def _why_unknown(policy: Policy, evidence: Evidence) -> str:
-    if policy is Policy.PERSONALISED and not evidence.user_columns:
-        return "no user columns"
-    if policy is Policy.BEST_PER_CONTEXT and not evidence.context_columns:
-        return "no context columns"
-    return "unknown: too little data"
+def _why_unknown(policy: Policy, summary: Mapping[str, Any]) -> str:
+    why = advice.why_unknown(summary, policy)
+    return f"unknown: {why}" if why == advice.TOO_LITTLE_DATA else why
 
 
-def _auc_pairs(model: Mapping[str, Any] | None) -> str | None:
+def _auc_pairs(auc: float | None) -> str | None:
     """AUC as the number of pairs out of 100 that the model puts in the right order."""
-    return None if model is None or model["auc"] is None else f"{100 * model['auc']:.0f}"
+    return None if auc is None else f"{100 * auc:.0f}"
 
 
 # ── pictures ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -274,7 +273,7 @@ def _policy_plot(summary: Mapping[str, Any], evidence: Evidence) -> Markup | Non
     told = []
     for y, policy in zip(range(len(Policy) - 1, -1, -1), Policy, strict=True):
         value = summary["policy_value"][policy]
-        why = _why_unknown(policy, evidence)
+        why = _why_unknown(policy, summary)
         colour = BLUE if policy is Policy.PERSONALISED else INK
         words = why if value is None else _rate(value)
         if value is not None:

@@ -106,11 +106,31 @@ def test_known_propensities_make_exposure_by_user_no_reason() -> None:
 
 
 def test_a_policy_the_log_cannot_have_is_not_called_unknown() -> None:
-    no_users = {"exposure_independence": {"p_value": None, "dependent": False}, "personalisation_gain": None}
-    assert advice.unknown_policies(summary("best_single", policy_value=without("personalised"), **no_users)) == []
-    no_context = summary("inconclusive", policy_value=without("best_per_context"))
-    no_context["personalisation_gain"] = gain(0.0, -0.1, 0.1, over="best_single")
-    assert advice.unknown_policies(no_context) == []
+    for policy, code, why in [
+        (Policy.PERSONALISED, "no_user_features", "no user columns"),
+        (Policy.BEST_PER_CONTEXT, "no_context", "no context columns"),
+    ]:
+        absent = summary("best_single", policy_value=without(policy), personalisation_gain=None)
+        assert advice.unknown_policies(absent) == [policy]
+        assert advice.why_unknown(absent, policy) == "too little data"
+        absent["checks"] = [{"code": code, "level": "info", "message": "…"}]
+        assert advice.unknown_policies(absent) == []
+        assert advice.why_unknown(absent, policy) == why
+
+
+def test_no_policy_has_a_value_where_the_log_supports_no_claim() -> None:
+    nothing = {"policy_value": dict.fromkeys(Policy), "personalisation_gain": None}
+    found = summary("inconclusive", **DEPENDENT, **nothing)
+    assert "does not say with which probabilities" in str(advice.no_values(found))
+    assert advice.why_unknown(found, Policy.UNIFORM) == "the log supports no claim"
+    assert advice.unknown_policies(found) == []
+    assert advice.no_values(summary("inconclusive", **nothing)) is None
+
+
+def test_a_log_without_user_columns_is_told_to_name_them() -> None:
+    checks = [{"code": "no_user_features", "level": "info", "message": "…"}]
+    found = summary("best_single", policy_value=without("personalised"), personalisation_gain=None, checks=checks)
+    assert any("name their features under `user`" in step for step in advice.next_steps(found))
 
 
 @pytest.mark.parametrize("verdict", list(Verdict))

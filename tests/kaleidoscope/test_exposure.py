@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from kaleidoscope.exposure import exposure_independence, logging_policy, srm
-from kaleidoscope.log import Log, LogSchema, read_log
+from kaleidoscope.log import Log, read_log
+from kaleidoscope.log_schema import LogSchema
 
 
 def a_log(tmp_path: Path, columns: dict[str, Any], **schema: Any) -> Log:

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kaleidoscope.errors import LogError, SchemaError
-from kaleidoscope.log import Log, LogSchema, read_log, read_schema
+from kaleidoscope.errors import LogError
+from kaleidoscope.log import Log, read_log
+from kaleidoscope.log_schema import LogSchema
 from kaleidoscope.vocabulary import Level
 
 
@@ -55,65 +56,6 @@ def content(log: Log) -> dict[str, list[Any]]:
     table = {name: column.to_pylist() for name, column in log.columns.items()}
     table |= {"reward": log.reward.tolist(), "count": log.count.tolist(), "variant": ids[log.variant].tolist()}
     return table | {"unit": [] if log.unit is None else log.unit.tolist()}
-
-
-# ---- schema
-
-
-def test_reads_the_schema_of_the_contract(tmp_path: Path) -> None:
-    path = tmp_path / "schema.yaml"
-    path.write_text(
-        "scene: coupon\nlabel: Y\nunit: [a, no]\ngroup: null\ncontext: [destination]\nuser: []\nvariant: [coupon]\n"
-        "propensity: ~\narms: {on: 0.5, 1: .5}\n"
-    )
-    schema = read_schema(path)
-    assert schema.label == "Y" and schema.unit == ("a", "no") and schema.group is None and schema.user == ()
-    assert schema.arms == {"on": 0.5, "1": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("label: y\nvariant: [a]\nlabl: y\n", "unknown key `labl`. Did you mean `label`?"),
-        ("label: y\nvarient: [a]\n", "Did you mean `variant`?"),
-        ("label: y\nclicks: c\nimpressions: i\nvariant: [a]\n", "not both"),
-        ("clicks: c\nvariant: [a]\n", "both `clicks` and `impressions`"),
-        ("label: y\n", "`variant`"),
-        ("label: y\nvariant: []\n", "`variant`"),
-        ("label: y\nvariant: {a: b}\n", "`variant`"),
-        ("label: [y, z]\nvariant: [a]\n", "`label`"),
-        ("label: y\nvariant: [a]\nuser: [a]\n", "column 'a' cannot be both `user` and `variant`"),
-        ("label: y\nvariant: [a]\nuser: [y]\n", "column 'y' cannot be both `label` and `user`"),
-        ("label: y\nvariant: [a, a]\n", "names column 'a' twice"),
-        ("label: y\nvariant: [a]\narms: equal\n", "`arms`"),
-        ("label: y\nvariant: [a]\narms: {x: -1}\n", "`arms"),
-        ("label: y\nvariant: [a\n", "not valid YAML"),
-        ("- label\n", "a schema is a mapping"),
-        ("", "a schema is a mapping"),
-    ],
-)
-def test_a_wrong_schema_is_named(tmp_path: Path, text: str, says: str) -> None:
-    path = tmp_path / "schema.yaml"
-    path.write_text(text)
-    with pytest.raises(SchemaError) as error:
-        read_schema(path)
-    assert says in error.value.message and str(path) in error.value.message
-
-
-def test_a_misspelt_key_is_one_problem(tmp_path: Path) -> None:
-    path = tmp_path / "schema.yaml"
-    path.write_text("label: y\nvarient: [a]\n")
-    with pytest.raises(SchemaError) as error:
-        read_schema(path)
-    assert len(error.value.message.splitlines()) == 1
-
-
-def test_schema_file_that_is_missing_or_not_utf8(tmp_path: Path) -> None:
-    with pytest.raises(SchemaError, match="no such file"):
-        read_schema(tmp_path / "none.yaml")
-    (tmp_path / "latin.yaml").write_bytes("scene: caf\xe9\n".encode("latin-1"))
-    with pytest.raises(SchemaError, match="UTF-8"):
-        read_schema(tmp_path / "latin.yaml")
 
 
 # ---- reading
@@ -211,7 +153,9 @@ def test_aggregated_rows_become_clicks_and_the_rest(tmp_path: Path) -> None:
     schema = LogSchema(clicks="c", impressions="i", variant=("arm",), weight="w")
     log = read_log(saved(frame, tmp_path / "l.csv"), schema)
     assert log.reward.tolist() == [1, 0, 0, 1] and log.count.tolist() == [4, 6, 5, 3]
-    assert log.file_row.tolist() == [0, 0, 1, 2] and log.weight.tolist() == [1, 1, 2, 3]
+    assert log.file_row.tolist() == [0, 0, 1, 2]
+    assert (log.weight / log.weight[0]).tolist() == pytest.approx([1, 1, 2, 3])
+    assert np.average(log.weight, weights=log.count) == pytest.approx(1)
     assert (log.file_rows, log.n_exposures, log.n_units, log.aggregated) == (4, 18, 18, True)
     assert log.positive_rate == pytest.approx(7 / 18)
 
@@ -378,7 +322,7 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         ([5, 1], [4, 10], "more clicks than 'i' in 1 row, first data row 1"),
         ([-1, 1], [4, 10], "clicks is not a whole number"),
         ([0.5, 1], [4, 10], "clicks is not a whole number"),
-        ([1, 1], [4, None], "impressions is not a whole number ≥ 0 in 1 row, first data row 2 (missing)"),
+        ([1, 1], [4, None], "impressions is not a whole number ≥ 0 and ≤ 1e+15 in 1 row, first data row 2 (missing)"),
         ([0, 0], [0, 0], "no impressions"),
         ([0, 0], [4, 5], "the label is 0"),
     ],
@@ -461,11 +405,157 @@ def test_lines_may_end_as_windows_ends_them_and_hold_line_breaks(tmp_path: Path)
     assert read_log(path, LogSchema(label="y", variant=("t",))).variants["t"].to_pylist() == [["a\r\nb"], ["c"]]
 
 
-def test_rows_with_too_many_fields(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("t,y\n" + "a,1\nb,0\n" * 50 + "a,1,1,1\n", "line 102: 4 fields, where the header names 2 ('t', 'y')."),
+        ("t,y\n" + "a,1\nb,0\n" * 50 + "a\nb\n", "line 102: 1 field, where the header names 2 ("),
+        ('t;y\n"a\nb";1\n\n"c\nd";0\na;1;2\n', "line 7: 3 fields, where the header names 2 ('t', 'y'). Correct"),
+        ('t,y\na,1\n"b,0\na,1\n', "line 3: a quote (\") opens a value and does not close it"),
+    ],
+)  # fmt: skip
+def test_ragged_lines_are_told_in_our_own_words(tmp_path: Path, text: str, says: str) -> None:
     path = tmp_path / "log.csv"
-    path.write_text("t,y\n" + "a,1\nb,0\n" * 50 + "a,1,1,1\n")
-    with pytest.raises(LogError, match=r"line 102: cannot be read"):
+    path.write_text(text)
+    with pytest.raises(LogError) as error:
         read_log(path, LogSchema(label="y", variant=("t",)))
+    assert f"{path}, {says}" in error.value.message and "null_padding" not in error.value.message
+
+
+PARQUET = b"PAR1\x15\x04\x00\x00\xff\xfe\x00" * 9 + b"PAR1"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("log.csv", PARQUET, "is named as CSV but holds Parquet. Rename it to log.parquet."),
+        ("log.parquet", b"t,y\na,1\n", "is named as Parquet but holds text. If it is CSV, rename it to log.csv;"),
+        ("log.csv", gzip.compress(b"t,y\na,1\n"), "holds gzip. If it is a packed CSV, rename it to log.csv.gz;"),
+        ("log.csv.gz", b"t,y\na,1\n", "is named as a packed CSV but holds text. If it is CSV, rename it to log.csv;"),
+        ("log.csv.gz", gzip.compress(PARQUET), "Unpack it (`gunzip`) and rename it to log.parquet."),
+        ("log.csv", "t,y\na,1\n".encode("utf-16"), "UTF-16, not UTF-8. Convert the file, for example with `iconv -f"),
+        ("log.csv", "t,y\na,1\n".encode("utf-16-be"), "iconv -f UTF-16BE -t UTF-8 log.csv > log-utf8.csv`"),
+        ("log.csv.gz", gzip.compress("t,y\na,1\n".encode("utf-16")), "`gunzip -c log.csv.gz | iconv -f UTF-16 -t"),
+        ("log.csv", b"PK\x03\x04\x14\x00", "holds a zip archive or an Excel workbook. Export the log as CSV"),
+        ("log.csv", b"\x00\x07\xff\xfe\x9c" * 99, "is named as CSV but holds binary data. Export the log as"),
+        ("log.csv", b"t,y\n" + b"a,1\n" * 9 + b"\xff,0\n", ", line 11: the text is not UTF-8. Convert the file"),
+        ("log.csv", b"t,y\r\n" + b"a,1\r\n" * 9 + b"b,0\n" * 9, "the lines do not all end in the same way"),
+        ("log.csv", b"t,y\n" + b"a" * 3_000_000 + b",1\n", ", line 2: the line is longer than 2 MB."),
+        ("log.parquet", PARQUET[:-1], "begins as Parquet but does not end so"),
+    ],
+)  # fmt: skip
+def test_a_file_is_known_by_its_bytes_whatever_its_name(tmp_path: Path, name: str, data: bytes, says: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(LogError) as error:
+        read_log(path, LogSchema(label="y", variant=("t",)))
+    assert error.value.message.startswith(str(path)) and says in error.value.message
+
+
+def test_every_mistaken_file_of_a_folder_is_named(tmp_path: Path) -> None:
+    saved(a_frame(), tmp_path / "a.parquet")
+    for name in ("b.parquet", "c.parquet"):
+        (tmp_path / name).write_text("t,y\n")
+    with pytest.raises(LogError) as error:
+        read_log(tmp_path, SCHEMA)
+    assert [line.partition(":")[0] for line in error.value.message.splitlines()] == [
+        str(tmp_path / name) for name in ("b.parquet", "c.parquet")
+    ]
+
+
+def test_propensities_too_small_to_divide_by_are_refused(tmp_path: Path) -> None:
+    frame = a_frame()
+    frame.loc[[3, 5], "p"] = [1e-300, 1e-13]
+    frame.loc[7, "p"] = 1e-12
+    message = breaks(frame, tmp_path)
+    assert "column 'p': propensity below 1e-12 in 2 rows, first data row 4 (1e-300). No choice is that rare" in message
+
+
+def test_counts_too_large_to_be_exact_are_refused(tmp_path: Path) -> None:
+    arms = pd.DataFrame({"arm": ["a", "b"], "i": [1e300, 5], "c": [1, 1]})
+    message = breaks(arms, tmp_path, LogSchema(clicks="c", impressions="i", variant=("arm",)))
+    assert "impressions is not a whole number ≥ 0 and ≤ 1e+15 in 1 row" in message
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1.0, 1e300])
+def test_weights_are_relative_to_each_other(tmp_path: Path, scale: float) -> None:
+    frame = a_frame().assign(w=lambda f: scale * (1 + f["y"]))
+    log = read_log(saved(frame, tmp_path / "l.parquet"), SCHEMA.model_copy(update={"weight": "w"}))
+    assert log.weight.mean() == pytest.approx(1) and log.weight.max() == pytest.approx(2 * log.weight.min())
+
+
+def test_weights_that_leave_nothing_to_learn_are_refused(tmp_path: Path) -> None:
+    schema = SCHEMA.model_copy(update={"weight": "w"})
+    assert "the weight is 0 in all 400 rows" in breaks(a_frame().assign(w=0.0), tmp_path, schema)
+    message = breaks(a_frame().assign(w=lambda f: f["y"] * 1.0), tmp_path, schema)
+    assert "column 'w': the label is 1 in all rows with a weight above 0" in message
+    assert "weight is negative or not a number" in breaks(a_frame().assign(w=np.inf), tmp_path, schema)
+
+
+def test_names_that_differ_in_capitals_alone_are_refused(tmp_path: Path) -> None:
+    frame = a_frame().assign(AGE=1)
+    message = breaks(frame, tmp_path, SCHEMA.model_copy(update={"user": ("AGE", "city")}))
+    assert "column 'AGE': names that differ in capitals alone cannot be told apart: 'age', 'AGE'." in message
+
+
+def test_dates_and_nested_values_are_warned_of(tmp_path: Path) -> None:
+    frame = a_frame().assign(age=pd.date_range("2026-01-01", periods=400))
+    for name in ("l.parquet", "l.csv"):
+        log = read_log(saved(frame, tmp_path / name), SCHEMA)
+        assert [c.message.split(":")[0] for c in log.checks if c.code == "date_column"] == [
+            "user column 'age' holds dates"
+        ]
+    table = pa.table(a_frame()).append_column("likes", pa.array([[1, i % 3] for i in range(400)]))
+    table = table.append_column("look", pa.array([{"a": i % 3} for i in range(400)]))
+    pq.write_table(table, tmp_path / "n.parquet")
+    log = read_log(tmp_path / "n.parquet", SCHEMA.model_copy(update={"user": ("likes",), "variant": ("look",)}))
+    found = [c.message for c in log.checks if c.code == "nested_column"]
+    assert len(found) == 2 and "user column 'likes' holds BIGINT[]" in found[0] and "tag column 'look'" in found[1]
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv"])
+def test_whole_numbers_beyond_64_bits_are_text(tmp_path: Path, name: str) -> None:
+    big = [2**63 + i % 3 for i in range(60)]
+    small = [i % 50 for i in range(60)]
+    table = pa.table(
+        {
+            "big": pa.array(big, pa.uint64()),
+            "huge": pa.array([10**30 + i for i in range(60)], pa.decimal128(38, 0)),
+            "small": pa.array(small, pa.uint64()),
+            "most": pa.array([2**63 - 1 - i for i in range(60)], pa.uint64()),
+            "t": ["a", "b"] * 30,
+            "y": [0, 1, 1] * 20,
+        }
+    )
+    path = tmp_path / name
+    if name == "log.csv":
+        path.write_text(table.to_pandas().astype(str).to_csv(index=False))
+    else:
+        pq.write_table(table, path)
+    columns = read_log(path, LogSchema(label="y", user=("big", "huge", "small", "most"), variant=("t",))).columns
+    assert columns["big"].to_pylist() == [str(v) for v in big] and len(set(columns["huge"].to_pylist())) == 60
+    assert columns["small"].type == columns["most"].type == pa.int64()
+    assert columns["small"].to_pylist() == small and columns["most"].to_pylist()[0] == 2**63 - 1
+
+
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv"])
+def test_infinite_numbers_are_missing_with_a_warning(tmp_path: Path, name: str) -> None:
+    frame = a_frame()
+    frame["age"] = frame["age"] + 0.5
+    frame.loc[[4, 9], "age"] = [np.inf, -np.inf]
+    log = read_log(saved(frame, tmp_path / name), SCHEMA)
+    assert log.columns["age"].type == pa.float64() and log.columns["age"].null_count == 2
+    found = [check for check in log.checks if check.code == "not_finite"]
+    assert [check.level for check in found] == [Level.WARNING]
+    assert "column 'age': infinite in 2 rows, first data row 5" in found[0].message
+    assert log.cells(("age",)).max() < 10
+
+
+def test_a_time_without_end_is_unknown(tmp_path: Path) -> None:
+    frame = a_frame(20).assign(at=np.arange(20.0))
+    frame.loc[2, "at"] = np.inf
+    log = read_log(saved(frame, tmp_path / "l.parquet"), SCHEMA.model_copy(update={"time": "at"}))
+    assert log.time is not None and np.isnan(log.time).sum() == 1 and "time_unreadable" in codes(log)
 
 
 # ---- warnings
@@ -501,6 +591,14 @@ def test_findings_name_the_column(tmp_path: Path) -> None:
     assert "3 of 803 rows" in messages and "'age'" in messages and "'city'" in messages and "'colour'" in messages
 
 
+def test_a_schema_without_context_or_users_is_noted(tmp_path: Path) -> None:
+    path = saved(a_frame(), tmp_path / "l.parquet")
+    for changed, noted in [({}, []), ({"context": ()}, ["no_context"]), ({"user": ()}, ["no_user_features"])]:
+        log = read_log(path, SCHEMA.model_copy(update=changed))
+        found = [c for c in log.checks if c.code in ("no_context", "no_user_features")]
+        assert [c.code for c in found] == noted and all(c.level is Level.INFO for c in found)
+
+
 def test_user_columns_that_change_within_a_unit(tmp_path: Path) -> None:
     log = read_log(saved(a_frame(), tmp_path / "l.parquet"), SCHEMA)
     assert [c.level for c in log.checks if c.code == "varies_within_unit"] == [Level.INFO] * 2
@@ -529,6 +627,12 @@ def test_propensities_that_do_not_add_up(tmp_path: Path, scale: float, warned: b
     frame["p"] = frame["p"].clip(upper=1)
     schema = LogSchema(label="y", context=("page",), variant=("arm",), propensity="p")
     assert ("propensity_mean" in codes(read_log(saved(frame, tmp_path / "l.parquet"), schema))) == warned
+
+
+def test_propensities_that_cannot_be_any_are_an_error(tmp_path: Path) -> None:
+    for p, level in [(1 / 30, Level.ERROR), (1 / 7, Level.WARNING)]:
+        log = read_log(saved(a_frame().assign(p=p), tmp_path / "l.parquet"), SCHEMA)
+        assert [c.level for c in log.checks if c.code == "propensity_mean"] == [level]
 
 
 def test_many_variants_hardly_seen_do_not_alarm(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from scipy.special import expit
 
-from kaleidoscope.log import read_log, read_schema
+from kaleidoscope.log import read_log
+from kaleidoscope.log_schema import read_schema
 from kaleidoscope.simulation import World, WorldSpec
 from kaleidoscope.vocabulary import Level
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import pytest
 import yaml
 from scipy.special import expit
 
-from kaleidoscope.commands.demo import run_demo
-from kaleidoscope.commands.learn import run_learn
+from kaleidoscope.commands.demo import personalised_truth, run_demo
+from kaleidoscope.commands.learn import learn_file, run_learn
 from kaleidoscope.encoding import Encoder
 from kaleidoscope.errors import LogError
-from kaleidoscope.log import LogSchema, read_log
+from kaleidoscope.log import read_log
+from kaleidoscope.log_schema import LogSchema
 from kaleidoscope.progress import Silent
 from kaleidoscope.simulation import World, WorldSpec
 from models.baselines import LightGbm
@@ -108,6 +110,10 @@ def test_exposure_that_depends_on_the_user_supports_no_claim_unless_its_propensi
     assert blind["verdict"] == "inconclusive"
     assert blind["exposure_independence"]["dependent"]
     assert "exposure_depends_on_user" in codes(blind)
+    assert set(blind["policy_value"].values()) == {None} and blind["personalisation_gain"] is None
+    assert blind["model"]["auc"] is not None
+    page = (tmp_path / "blind" / "out" / "report.html").read_text(encoding="utf-8")
+    assert "No value is given for any way of choosing" in page and "Effective exposures" not in page
     known = learn(tmp_path / "known", table, world.schema())
     assert known["verdict"] != "inconclusive"
     users = world.sample_users(20_000, rng)
@@ -122,7 +128,27 @@ def test_a_log_without_user_features_is_judged_without_them(tmp_path: Path) -> N
     assert summary["policy_value"]["personalised"] is None and summary["personalisation_gain"] is None
     assert summary["model"]["baseline_auc"]["user_only"] is None
     assert summary["exposure_independence"]["p_value"] is None
+    assert {"no_context", "no_user_features"} <= set(codes(summary))
     assert summary["verdict"] in ("best_single", "inconclusive")
+
+
+def test_the_report_shows_the_auc_within_users_where_users_repeat(tmp_path: Path) -> None:
+    for exposures, shown in [(4.0, True), (1.0, False)]:
+        world = World.draw(spec(exposures_per_unit=exposures))
+        folder = tmp_path / str(exposures)
+        learn(folder, world.log(3_000, np.random.default_rng(1)), world.schema())
+        page = (folder / "out" / "report.html").read_text(encoding="utf-8")
+        assert ("AUC within users" in page) == shown
+
+
+def test_pseudo_inverse_values_count_no_matched_exposures(tmp_path: Path) -> None:
+    world = World.draw(spec(materials=(12, 12), dimension_values=(4, 4)))
+    summary = learn(tmp_path, world.log(6_000, np.random.default_rng(1)), {**world.schema(), "variant_id": None})
+    assert summary["policy_value"]["best_single"] is not None
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "dr, pseudo_inverse" in page
+    cells = re.findall(r'data-label="Matched exposures" class="number">([^<]*)<', page)
+    assert cells == ["6,000", "", "", ""]
 
 
 def test_aggregated_tests_find_the_winners_within_each_group(tmp_path: Path) -> None:
@@ -164,6 +190,27 @@ def test_too_few_units_are_refused_before_any_work(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_units_without_weight_do_not_count(tmp_path: Path) -> None:
+    world = World.draw(SMALL)
+    log = world.log(2_000, np.random.default_rng(1))
+    log = log.append_column("w", pa.array((np.arange(2_000) < 9).astype(float)))
+    click = log.schema.get_field_index("click")
+    log = log.set_column(click, "click", pa.array(np.arange(2_000) % 2))
+    with pytest.raises(LogError, match="9 units with a weight above 0 in all 2,000 rows"):
+        learn(tmp_path, log, {**world.schema(), "weight": "w"})
+
+
+def test_rows_of_weight_0_change_no_value(tmp_path: Path) -> None:
+    world = World.draw(SMALL)
+    log = world.log(3_000, np.random.default_rng(1))
+    log = log.append_column("w", pa.array((np.arange(3_000) < 2_000) * 5.0))
+    whole = learn(tmp_path / "whole", log, {**world.schema(), "weight": "w"})
+    part = learn(tmp_path / "part", log.slice(0, 2_000), world.schema())
+    assert whole["rows"] == 3_000 and whole["units"] == 3_000
+    assert whole["policy_value"]["uniform"] == pytest.approx(part["policy_value"]["uniform"], rel=0.02)
+    assert whole["model"]["auc"] is not None
+
+
 def test_as_many_tags_as_variants_with_too_little_data_are_inconclusive(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     log = pd.DataFrame({"y": rng.integers(0, 2, 4_000), "u": rng.integers(0, 5, 4_000)})
@@ -193,7 +240,19 @@ def test_the_demo_says_simulated_and_knows_the_truth(tmp_path: Path) -> None:
     truth = summary["simulated_truth"]
     assert isinstance(truth, dict)
     assert truth["uniform"] < truth["best_single"] < truth["oracle"]
+    assert truth["uniform"] < truth["personalised"] < truth["oracle"]
     assert "imulated" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_truth_of_the_personalised_policy_is_what_its_estimate_estimates(tmp_path: Path) -> None:
+    world, rng = World.draw(SMALL), np.random.default_rng(1)
+    pq.write_table(world.log(20_000, rng), tmp_path / "log.parquet")
+    (tmp_path / "schema.yaml").write_text(yaml.safe_dump(world.schema()), encoding="utf-8")
+    learned = learn_file(tmp_path / "log.parquet", tmp_path / "schema.yaml", tmp_path, seed=0, progress=Silent())
+    truth = personalised_truth(world, world.sample_users(20_000, rng), learned)
+    estimated: Any = learned.summary["policy_value"]
+    assert abs(estimated["personalised"]["value"] - truth) < 3 * estimated["personalised"]["se"]
+    assert truth > estimated["best_single"]["value"]
 
 
 # ── real logs ───────────────────────────────────────────────────────────────────────────────────────────────────────

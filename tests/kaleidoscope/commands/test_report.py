@@ -62,6 +62,7 @@ EVIDENCE = Evidence(
     scene="Coupon",
     simulated=False,
     calibration=[(0.2, 0.22, 900.0), (0.5, 0.48, 2_000.0), (0.8, 0.81, 700.0)],
+    grouped_auc=None,
     other_estimators={policy: {"ips": value(0.75, 0.04), "snips": None} for policy in Policy},
     assumption="the propensities are right",
     method="dr, matched",
@@ -74,9 +75,10 @@ EVIDENCE = Evidence(
     variant_columns=["coupon"],
 )
 NOTHING = SUMMARY | {
-    "positive_rate": None, "units": None, "checks": [], "srm": None, "personalisation_gain": None, "model": None,
+    "positive_rate": None, "units": None, "srm": None, "personalisation_gain": None, "model": None,
     "exposure_independence": {"p_value": None, "dependent": False}, "verdict": "inconclusive",
     "policy_value": dict.fromkeys(Policy), "timings_s": {}, "versions": {},
+    "checks": [{"code": code, "level": "info", "message": "…"} for code in ("no_context", "no_user_features")],
 }  # fmt: skip
 NO_EVIDENCE = replace(
     EVIDENCE, calibration=[], other_estimators={}, support={}, user_columns=[], context_columns=[], variant_columns=[]
@@ -151,6 +153,12 @@ def test_shows_the_auc_in_words_and_that_it_does_not_decide() -> None:
     assert "0.761" in text and "0.734" in text
     assert "in 76 of 100 such pairs" in text
     assert "AUC does not decide the verdict." in text
+
+
+def test_shows_the_auc_within_users_only_where_users_repeat() -> None:
+    assert "AUC within users" not in page().text
+    text = words(replace(EVIDENCE, grouped_auc=0.6841))
+    assert "68 of 100 pairs (AUC within users 0.684, weighted by their exposures)" in text
 
 
 def test_says_how_it_was_made() -> None:
@@ -297,11 +305,28 @@ def test_says_whether_exposure_depended_on_the_user(
     assert said in words(evidence, exposure_independence={"p_value": p, "dependent": dependent})
 
 
-def test_values_that_support_no_claim_are_marked_and_no_lift_is_quoted() -> None:
+def test_a_log_that_supports_no_claim_gets_the_reason_instead_of_values() -> None:
     check = {"code": advice.NO_CLAIM, "level": "error", "message": "What was shown depended on the user."}
-    text = page(verdict="inconclusive", checks=[check]).text
-    assert "This log does not support them" in text
-    assert "Relative to" not in text
+    nothing = {"policy_value": dict.fromkeys(Policy), "personalisation_gain": None, "verdict": "inconclusive"}
+    evidence = replace(EVIDENCE, other_estimators={}, method="", support={"mean_eligible": 3.4, "variants": 10.0})
+    found = page(evidence, checks=[check], **nothing)
+    assert "No value is given for any way of choosing" in found.text and "No values are estimated." in found.text
+    assert found.count("table") == 0 and found.count("svg") == 2  # calibration and AUC stay
+    assert "Effective exposures" not in found.text and "Relative to" not in found.text
+
+
+def test_effective_exposures_are_not_called_matched_under_pseudo_inverse_weights() -> None:
+    matched = words()
+    assert "Matched exposures: how many happened to show what the policy would have shown." in matched
+    assert "Rates of tags rather multiply" not in matched and "with the same tags" not in matched
+    assert "or a variant with the same tags." in words(replace(EVIDENCE, method="dr, marginalised"))
+    support = {"mean_eligible": 900.0, "variants": 1_000.0, "matched_rows_uniform": 60_000.0}
+    evidence = replace(EVIDENCE, method="dr, pseudo_inverse", support=support)
+    found = page(evidence)
+    assert "effective exposures are all that can be counted" in found.text
+    assert "IPS and self-normalised IPS may lie far below the click rate" in found.text
+    cells = re.findall(r'data-label="Matched exposures" class="number">([^<]*)<', render_report(SUMMARY, evidence))
+    assert cells == ["60,000", "", "", ""]
 
 
 def test_lift_is_left_out_where_its_base_is_hardly_known() -> None:
