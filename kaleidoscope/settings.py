@@ -25,6 +25,13 @@ class Settings(BaseSettings):
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads a job may use; unset: all cores")
     seed: int = Field(default=0, ge=0, description="Seed of every random choice a job makes")
+    database_url: str = Field(
+        default="sqlite:///kaleidoscope.db",
+        description="SQLAlchemy URL of the platform's database: SQLite, or postgresql+psycopg://…",
+    )
+    files_dir: Path = Field(default=Path("kaleidoscope-files"), description="Folder of uploaded images")
+    business: str | None = Field(default=None, description="The business that commands work in, unless --business says")
+    user: str | None = Field(default=None, description="Who is working on the command line, unless --as says")
     debug: bool = Field(default=False, description="Show the traceback of an unexpected error")
 
 

@@ -29,3 +29,74 @@ class Policy(StrEnum):
     BEST_SINGLE = "best_single"
     BEST_PER_CONTEXT = "best_per_context"
     PERSONALISED = "personalised"
+
+
+class Layer(StrEnum):
+    """What a tag speaks about: what it looks like, or what it means."""
+
+    PRESENTATION = "presentation"
+    CONTENT = "content"
+
+
+class Role(StrEnum):
+    """What a person may do in a business. Every role may read; `admin` may do everything."""
+
+    VIEWER = "viewer"
+    EDITOR = "editor"
+    REVIEWER = "reviewer"
+    PUBLISHER = "publisher"
+    ADMIN = "admin"
+
+
+class ReviewState(StrEnum):
+    """Where a material or a variant stands; review.py says which may follow which."""
+
+    DRAFT = "draft"
+    IN_REVIEW = "in_review"
+    APPROVED = "approved"
+    REJECTED = "rejected"
+    RETIRED = "retired"
+
+
+class MaterialKind(StrEnum):
+    """What a material is; content.py says what each kind holds."""
+
+    COPY = "copy"
+    IMAGE = "image"
+    LAYOUT = "layout"
+    STYLE = "style"
+
+
+class Strictness(StrEnum):
+    """What a failed design check does to a variant: nothing, a remark for the reviewer, or it is left out."""
+
+    OFF = "off"
+    SOFT = "soft"
+    HARD = "hard"
+
+
+class Bucket(StrEnum):
+    """The traffic buckets of a release."""
+
+    CONTROL = "control"
+    RANDOM = "random"
+    MODEL = "model"
+    CHALLENGER = "challenger"
+
+
+class InterventionKind(StrEnum):
+    """What a business rule does to the variants it matches."""
+
+    PIN = "pin"
+    BLOCK = "block"
+
+
+class ReleaseState(StrEnum):
+    """Where a release stands; derived from the ledger."""
+
+    DRAFT = "draft"
+    CANARY = "canary"
+    PAUSED = "paused"
+    FULL = "full"
+    SUPERSEDED = "superseded"
+    ROLLED_BACK = "rolled_back"
