@@ -1,0 +1,493 @@
+"""Review: from a scene's combinations to variants that may be shown, and who says so.
+
+draft → in review → approved or rejected → retired. Materials and variants go the same way; a variant can be approved
+only while its materials are, and falls back to draft when one of them changes. A release takes what is approved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import select
+
+from kaleidoscope.combiner import (
+    MatchTerm,
+    MaterialTerm,
+    Option,
+    Slot,
+    Space,
+    TagTerm,
+    broken_rules,
+    count,
+    diagnose,
+    explode,
+    parse,
+    variant_id,
+)
+from kaleidoscope.coverage import Cover, Traffic, cover, traffic
+from kaleidoscope.database import PAGE, Page, Session, find, paginate
+from kaleidoscope.errors import InputError, NotFoundError
+from kaleidoscope.scenes import USABLE, SceneSpace, materials_by_id, options_of, space_of, spec_of
+from kaleidoscope.tables import Material, Reviewed, Scene, Variant, VariantMaterial, now
+from kaleidoscope.vocabulary import Level, ReviewState, Role
+
+MAX_VARIANTS = 100_000  # of a scene that are stored and reviewed; more are capped
+RULE = "rule: approved materials, no remarks"  # the reviewer of what is approved automatically
+
+DRAFT, IN_REVIEW, APPROVED = ReviewState.DRAFT, ReviewState.IN_REVIEW, ReviewState.APPROVED
+REJECTED, RETIRED = ReviewState.REJECTED, ReviewState.RETIRED
+
+
+@dataclass(frozen=True)
+class Move:
+    """A step of the review: from which states, to which, and who may take it."""
+
+    name: str
+    come_from: frozenset[ReviewState]
+    to: ReviewState
+    role: Role
+    needs_reason: bool = False
+
+
+MOVES = {
+    move.name: move
+    for move in (
+        Move("submit", frozenset({DRAFT, REJECTED}), IN_REVIEW, Role.EDITOR),
+        Move("approve", frozenset({IN_REVIEW}), APPROVED, Role.REVIEWER),
+        Move("reject", frozenset({IN_REVIEW, APPROVED}), REJECTED, Role.REVIEWER, needs_reason=True),
+        Move("retire", frozenset({DRAFT, IN_REVIEW, APPROVED, REJECTED}), RETIRED, Role.EDITOR),
+        Move("restore", frozenset({RETIRED}), DRAFT, Role.EDITOR),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How many were moved, and why the others were not."""
+
+    moved: int
+    skipped: Mapping[str, int] = field(default_factory=dict)  # reason → how many
+
+
+# ── making variants ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Made:
+    """What `make_variants` did, and how well the variants cover what the materials can combine to."""
+
+    legal: int  # combinations that constraints and hard checks allow
+    created: int
+    kept: int
+    restored: int
+    retired: int
+    approved: int  # by the scene's rule
+    remarked: int  # variants a soft check remarks on
+    coverage: Cover | None  # of a capped scene
+
+
+def make_variants(session: Session, scene_id: str) -> Made:
+    """Bring the scene's variants in line with its materials, constraints and cap.
+
+    New combinations become drafts, those that are no longer possible or wanted are retired, the others stay as they
+    are. Raises InputError where nothing can be combined, a constraint contradicts the others, the baseline is
+    forbidden, or there are too many combinations and no cap.
+    """
+    session.caller.require(Role.EDITOR)
+    scene = find(session, Scene, scene_id, lock=True)
+    found = space_of(session, scene)
+    problems = [p.message for p in diagnose(found.space) if p.level == Level.ERROR]
+    if problems:
+        raise InputError("\n".join(f"scene {scene_id!r}: {p}" for p in problems))
+    existing = _variants(session, scene_id)
+    legal = count(found.space)
+    alive = [v.materials for v in existing.values() if v.state != RETIRED]
+    wanted, coverage = _wanted(found, legal, alive)
+    slots = {slot.name: {option.id for option in slot.options} for slot in found.space.slots}
+    created = restored = retired = remarked = 0
+    for id, materials in wanted.items():
+        remarks, variant = found.remarks_on(materials), existing.get(id)
+        remarked += bool(remarks)
+        if variant is None:
+            session.add(_new(session, scene_id, id, materials, remarks))
+            created += 1
+            continue
+        if variant.remarks != remarks:
+            variant.remarks = remarks
+        if variant.state == RETIRED:
+            _set(variant, DRAFT, None)
+            variant.author = session.caller.user
+            restored += 1
+    for id, variant in existing.items():
+        if id not in wanted and variant.state != RETIRED:
+            _set(variant, RETIRED, _why_gone(variant.materials, slots, capped=coverage is not None))
+            retired += 1
+    session.flush()
+    approved = approve_by_rule(session, scene_id) if found.spec.approve_automatically else 0
+    kept = len(wanted) - created - restored
+    return Made(legal, created, kept, restored, retired, approved, remarked, coverage)
+
+
+def _wanted(
+    found: SceneSpace, legal: int, alive: Sequence[Mapping[str, str]]
+) -> tuple[dict[str, dict[str, str]], Cover | None]:
+    spec, space, coverage = found.spec, found.space, None
+    broken = broken_rules(space, spec.baseline) if spec.baseline is not None else ()
+    if broken:
+        raise InputError(f"baseline: {'; '.join(broken)} rules this combination out. Change one of them.")
+    if spec.cap is None or legal <= spec.cap:
+        if legal > MAX_VARIANTS:
+            raise InputError(
+                f"{legal:,} combinations are possible, at most {MAX_VARIANTS:,} can be kept. Give the scene a `cap`."
+            )
+        batches = explode(space)
+    else:
+        first = [spec.baseline] if spec.baseline is not None else []
+        coverage = cover(space, spec.cap, keep=[*first, *(m for m in alive if m != spec.baseline)])
+        batches = iter([coverage.variants])
+    return {variant_id(m): m for batch in batches for m in _combinations(space, batch)}, coverage
+
+
+def _combinations(space: Space, batch: Any) -> Iterator[dict[str, str]]:
+    """The combinations in a batch of variants, as slot → material."""
+    names = [slot.name for slot in space.slots]
+    columns = [batch.column(name).to_pylist() for name in names]
+    yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+
+
+def _new(session: Session, scene_id: str, id: str, materials: Mapping[str, str], remarks: list[str]) -> Variant:
+    key = {"business_id": session.business, "scene_id": scene_id}
+    return Variant(
+        **key,
+        id=id,
+        materials=dict(materials),
+        remarks=remarks,
+        state=DRAFT,
+        author=session.caller.user,
+        held=[VariantMaterial(**key, variant_id=id, slot=s, material_id=m) for s, m in materials.items()],
+    )
+
+
+def _why_gone(materials: Mapping[str, str], slots: Mapping[str, set[str]], *, capped: bool) -> str:
+    if set(materials) != set(slots):
+        return "the scene has other slots now"
+    gone = [m for slot, m in materials.items() if m not in slots[slot]]
+    if gone:
+        return f"material {gone[0]} is not in use any more"
+    return "left out by the cap, or forbidden" if capped else "forbidden by a constraint or a hard check"
+
+
+def plan_learning(session: Session, scene_id: str, *, cap: int | None = None) -> Traffic:
+    """What the scene's traffic can learn about its variants in use, or about `cap` of its combinations.
+
+    Raises InputError where the scene says nothing of its traffic, or has no variants and no cap is given.
+    """
+    found = space_of(session, find(session, Scene, scene_id))
+    plan, space = found.spec.traffic, found.space
+    if plan is None:
+        raise InputError(f"scene {scene_id!r} does not say what traffic it has. Give it `traffic`.")
+    if cap is not None:
+        combinations: Any = cover(space, cap).variants
+    else:
+        at = {slot.name: positions for slot, positions in zip(space.slots, space.positions, strict=True)}
+        combinations = [
+            v.materials
+            for v in _variants(session, scene_id).values()
+            if v.state in USABLE and set(v.materials) == set(at) and all(m in at[s] for s, m in v.materials.items())
+        ]
+        if not combinations:
+            raise InputError(f"scene {scene_id!r} has no variants. Make them, or plan for a number of them: `cap`.")
+    return traffic(
+        space,
+        combinations,
+        exposures_per_day=plan.exposures_per_day,
+        click_rate=plan.click_rate,
+        random_share=plan.random_share,
+        minimum_effect=plan.minimum_effect,
+    )
+
+
+# ── finding them ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class VariantFilter:
+    """Which variants of a scene: all of these at once.
+
+    A term is what constraints are made of: `copy:c7` (holds this material in this slot), `image.image_style=flat` (the
+    slot's material has the tag), `image_style=flat` (any slot's).
+    """
+
+    where: tuple[str, ...] = ()
+    states: tuple[ReviewState, ...] = ()
+    ids: tuple[str, ...] = ()
+    remarked: bool | None = None  # only those a soft check remarks on, or only the others
+
+
+def find_variants(
+    session: Session,
+    scene_id: str,
+    wanted: VariantFilter | None = None,
+    *,
+    cursor: str | None = None,
+    limit: int = PAGE,
+) -> Page[Variant]:
+    """A page of the scene's variants that the filter lets through, by id; raises InputError for an unknown term."""
+    scene = find(session, Scene, scene_id)
+    query = _query(session, scene, wanted or VariantFilter())
+    return paginate(session, query, Variant.id, cursor=cursor, limit=limit)
+
+
+def get_variant(session: Session, scene_id: str, id: str) -> Variant:
+    """The variant with this id, or with the only id that begins so; raises NotFoundError."""
+    found = session.get(Variant, (session.business, scene_id, id))
+    if found is None and len(id) >= 4 and id.isalnum():
+        starts = select(Variant).where(Variant.scene_id == scene_id, Variant.id.startswith(id, autoescape=True))
+        several = session.scalars(starts.limit(2)).all()
+        found = several[0] if len(several) == 1 else None
+    if found is None:
+        raise NotFoundError(f"There is no variant {id!r} in scene {scene_id!r} of business {session.business!r}.")
+    return found
+
+
+def count_variants(session: Session, scene_id: str) -> dict[str, int]:
+    """How many variants of the scene are in each state."""
+    query = select(Variant.state, sa.func.count()).where(Variant.scene_id == scene_id).group_by(Variant.state)
+    found = dict(session.execute(query).all())
+    return {state.value: found[state] for state in ReviewState if state in found}
+
+
+def _query(session: Session, scene: Scene, wanted: VariantFilter) -> sa.Select[Variant]:
+    query = select(Variant).where(Variant.scene_id == scene.id)
+    if wanted.states:
+        query = query.where(Variant.state.in_(wanted.states))
+    if wanted.ids:
+        query = query.where(Variant.id.in_(wanted.ids))
+    if wanted.remarked is not None:
+        empty = sa.cast(Variant.remarks, sa.Text) == "[]"
+        query = query.where(~empty if wanted.remarked else empty)
+    if wanted.where:
+        slots = _held(session, scene)
+        for text in wanted.where:
+            query = query.where(sa.and_(*(_holds(pairs) for pairs in _matching(text, slots))))
+    return query
+
+
+def _matching(text: str, slots: Sequence[Slot]) -> list[set[tuple[str, str]]]:
+    """Per term of an expression, the (slot, material) pairs of which a variant must hold one."""
+    found = []
+    for term in parse(f"forbid {text}", slots).terms:
+        if isinstance(term, MatchTerm):
+            raise InputError(f"{text}: a filter takes terms such as copy:c7 or image.image_style=flat, not `matches`.")
+        found.append({(slot.name, o.id) for slot in slots for o in slot.options if _carries(term, slot.name, o)})
+    return found
+
+
+def _carries(term: MaterialTerm | TagTerm, slot: str, option: Option) -> bool:
+    """Whether a variant with this option in this slot has what the term asks for."""
+    if isinstance(term, MaterialTerm):
+        return slot == term.slot and option.id in term.ids
+    values = option.tags.get(term.dimension, ())
+    return term.slot in (None, slot) and bool(values) and (not term.values or not set(term.values).isdisjoint(values))
+
+
+def _held(session: Session, scene: Scene) -> tuple[Slot, ...]:
+    """The slots and materials that variants of the scene hold, also those it has no longer."""
+    pairs = select(VariantMaterial.slot, VariantMaterial.material_id).where(VariantMaterial.scene_id == scene.id)
+    found = [(slot, id) for slot, id in session.execute(pairs.distinct())]
+    materials = materials_by_id(session, {m for _, m in found})
+    options = options_of(session, materials.values())
+    slots: dict[str, list[Option]] = {}
+    for slot, id in sorted(found):
+        slots.setdefault(slot, []).append(options[id])
+    return tuple(Slot(name, tuple(options)) for name, options in slots.items())
+
+
+def _holds(pairs: Collection[tuple[str, str]]) -> sa.ColumnElement[bool]:
+    """That a variant holds one of the (slot, material) pairs."""
+    by_slot: dict[str, list[str]] = {}
+    for slot, id in pairs:
+        by_slot.setdefault(slot, []).append(id)
+    one = [sa.and_(VariantMaterial.slot == s, VariantMaterial.material_id.in_(ids)) for s, ids in by_slot.items()]
+    mine = sa.and_(
+        VariantMaterial.business_id == Variant.business_id,
+        VariantMaterial.scene_id == Variant.scene_id,
+        VariantMaterial.variant_id == Variant.id,
+    )
+    return sa.exists().where(mine, sa.or_(*one)) if one else sa.false()
+
+
+def _variants(session: Session, scene_id: str) -> dict[str, Variant]:
+    return {v.id: v for v in session.scalars(select(Variant).where(Variant.scene_id == scene_id))}
+
+
+# ── moving them ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def move_variants(
+    session: Session, scene_id: str, move: str, wanted: VariantFilter | None = None, *, reason: str | None = None
+) -> Moved:
+    """Take a step (`MOVES`) with every variant of the scene that the filter lets through.
+
+    Those for which it is impossible stay as they are, and are counted by why. Raises InputError where a needed reason
+    is missing, ForbiddenError where the caller lacks the role.
+    """
+    step = _allowed(session, move, reason)
+    scene = find(session, Scene, scene_id, lock=True)
+    query = _query(session, scene, wanted or VariantFilter())
+    variants = session.scalars(query.order_by(Variant.id).with_for_update()).all()
+    obstacle: Callable[[Variant], str | None] = lambda variant: None  # noqa: E731
+    fingerprints: Mapping[str, str] = {}
+    if step.to == APPROVED:
+        materials = _materials_of(session, variants)
+        unapproved = {id for id, m in materials.items() if m.state != APPROVED}
+        fingerprints = _fingerprints(session, variants, materials)
+
+        def obstacle(variant: Variant) -> str | None:
+            waiting = sorted(unapproved.intersection(variant.materials.values()))
+            return f"material {waiting[0]} is not approved" if waiting else None
+
+    skipped: Counter[str] = Counter()
+    moved = 0
+    for variant in variants:
+        why = _obstacle(variant, step, session.caller.user) or obstacle(variant)
+        if why:
+            skipped[why] += 1
+            continue
+        _step(session, variant, step, reason)
+        variant.fingerprint = fingerprints.get(variant.id)
+        moved += 1
+    session.flush()
+    return Moved(moved, dict(skipped.most_common()))
+
+
+def move_materials(session: Session, move: str, ids: Sequence[str], *, reason: str | None = None) -> Moved:
+    """Take a step (`MOVES`) with these materials of the business; all must exist.
+
+    Variants that hold a material which is rejected or retired fall back to draft. Where a material is approved, the
+    scenes that hold it and say `approve_automatically` approve what they can.
+    """
+    step = _allowed(session, move, reason)
+    skipped: Counter[str] = Counter()
+    done = []
+    for id in dict.fromkeys(ids):
+        material = find(session, Material, id, lock=True)
+        why = _obstacle(material, step, session.caller.user)
+        if why:
+            skipped[why] += 1
+            continue
+        _step(session, material, step, reason)
+        done.append(id)
+    session.flush()
+    if step.to in (REJECTED, RETIRED):
+        for id in done:
+            reopen_variants(session, id, f"material {id} was {step.to.value}")
+    if step.to == APPROVED:
+        for scene in session.scalars(select(Scene).order_by(Scene.id)):
+            spec = spec_of(scene)
+            if spec.approve_automatically and any(not set(done).isdisjoint(slot.materials) for slot in spec.slots):
+                approve_by_rule(session, scene.id)
+    return Moved(len(done), dict(skipped.most_common()))
+
+
+def approve_by_rule(session: Session, scene_id: str) -> int:
+    """Approve the drafts, and those in review, whose materials are all approved and that no soft check remarks on."""
+    scene = find(session, Scene, scene_id)
+    waiting = VariantFilter(states=(DRAFT, IN_REVIEW), remarked=False)
+    variants = session.scalars(_query(session, scene, waiting).order_by(Variant.id).with_for_update()).all()
+    materials = _materials_of(session, variants)
+    fingerprints = _fingerprints(session, variants, materials)
+    approved = 0
+    for variant in variants:
+        if all(materials[m].state == APPROVED for m in variant.materials.values()):
+            _set(variant, APPROVED, None)
+            variant.reviewer, variant.reviewed_at, variant.fingerprint = RULE, now(), fingerprints[variant.id]
+            approved += 1
+    session.flush()
+    return approved
+
+
+def reopen_variants(session: Session, material_id: str, reason: str) -> int:
+    """Take back the approval of every variant that holds the material; returns how many fell back to draft."""
+    holding = sa.exists().where(
+        VariantMaterial.business_id == Variant.business_id,
+        VariantMaterial.scene_id == Variant.scene_id,
+        VariantMaterial.variant_id == Variant.id,
+        VariantMaterial.material_id == material_id,
+    )
+    query = select(Variant).where(Variant.state.in_((APPROVED, IN_REVIEW)), holding)
+    variants = session.scalars(query.order_by(Variant.scene_id, Variant.id).with_for_update()).all()
+    for variant in variants:
+        _set(variant, DRAFT, reason)
+        variant.author = session.caller.user  # who changed what it shows; somebody else has to look at it
+    session.flush()
+    return len(variants)
+
+
+def approval_holds(session: Session, variants: Collection[Variant]) -> set[str]:
+    """The ids of the variants that are approved, and whose materials are, and are still what was approved."""
+    materials = _materials_of(session, variants)
+    fingerprints = _fingerprints(session, variants, materials)
+    return {
+        v.id
+        for v in variants
+        if v.state == APPROVED
+        and v.fingerprint == fingerprints[v.id]
+        and all(materials[m].state == APPROVED for m in v.materials.values())
+    }
+
+
+def _allowed(session: Session, move: str, reason: str | None) -> Move:
+    if move not in MOVES:
+        raise InputError(f"{move!r} is no step of the review. The steps are: {', '.join(MOVES)}.")
+    step = MOVES[move]
+    session.caller.require(step.role)
+    if step.needs_reason and not (reason and reason.strip()):
+        raise InputError(f"reason: say why, to {move} something.")
+    return step
+
+
+def _obstacle(row: Reviewed, step: Move, user: str) -> str | None:
+    if row.state not in step.come_from:
+        fitting = " or ".join(state.replace("_", " ") for state in ReviewState if state in step.come_from)
+        return f"{row.state.replace('_', ' ')}, not {fitting}"
+    if step.role == Role.REVIEWER and row.author == user:
+        return "your own: somebody else has to review it"
+    return None
+
+
+def _step(session: Session, row: Reviewed, step: Move, reason: str | None) -> None:
+    _set(row, step.to, reason.strip() if reason else None)
+    if step.role == Role.REVIEWER:
+        row.reviewer, row.reviewed_at = session.caller.user, now()
+    elif step.name == "restore":
+        row.author = session.caller.user
+
+
+def _set(row: Reviewed, state: ReviewState, reason: str | None) -> None:
+    row.state, row.reason = state, reason
+    if state != APPROVED:
+        row.reviewer = row.reviewed_at = None
+        if isinstance(row, Variant):
+            row.fingerprint = None
+
+
+def _materials_of(session: Session, variants: Iterable[Variant]) -> dict[str, Material]:
+    return materials_by_id(session, {m for v in variants for m in v.materials.values()})
+
+
+def _fingerprints(session: Session, variants: Iterable[Variant], materials: Mapping[str, Material]) -> dict[str, str]:
+    """What each variant shows and means now: a hash of the content and the tags of its materials."""
+    parts = {id: [m.content_hash, sorted((t["dimension"], t["value"]) for t in m.tags)] for id, m in materials.items()}
+    return {
+        v.id: hashlib.sha256(
+            json.dumps([[slot, id, *parts[id]] for slot, id in sorted(v.materials.items())]).encode()
+        ).hexdigest()
+        for v in variants
+    }

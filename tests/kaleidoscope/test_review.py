@@ -1,0 +1,230 @@
+"""Review: variants come and go with the scene, people approve what others wrote, and changes take approvals back."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import select
+
+from kaleidoscope.combiner import variant_id
+from kaleidoscope.content import Copy
+from kaleidoscope.database import Database
+from kaleidoscope.errors import ForbiddenError, InputError, NotFoundError
+from kaleidoscope.materials import change_material
+from kaleidoscope.review import (
+    MOVES,
+    RULE,
+    VariantFilter,
+    approval_holds,
+    count_variants,
+    find_variants,
+    get_variant,
+    make_variants,
+    move_materials,
+    move_variants,
+)
+from kaleidoscope.scenes import change_scene
+from kaleidoscope.tables import Variant
+from kaleidoscope.vocabulary import ReviewState, Role
+from tests.kaleidoscope.people import person
+from tests.kaleidoscope.stock import approve_library, spec, stocked
+
+ANN, REX = person("ann"), person("rex")
+
+
+def test_variants_are_the_legal_combinations_and_making_them_again_changes_nothing(database: Database) -> None:
+    stocked(database)
+    with database.transaction(ANN) as session:
+        made = make_variants(session, "welcome")
+        assert (made.legal, made.created, made.coverage) == (16, 16, None)
+        again = make_variants(session, "welcome")
+        assert (again.created, again.kept, again.retired) == (0, 16, 0)
+        for variant in session.scalars(select(Variant)):
+            assert variant.id == variant_id(variant.materials)
+            assert variant.state == ReviewState.DRAFT
+
+
+def test_what_is_no_longer_possible_is_retired_and_comes_back_as_a_draft(database: Database) -> None:
+    stocked(database)
+    with database.transaction(ANN) as session:
+        make_variants(session, "welcome")
+        change_scene(session, "welcome", spec(constraints=["forbid copy:c1"]), version=None)
+        made = make_variants(session, "welcome")
+        assert (made.kept, made.retired) == (12, 4)
+        gone = find_variants(session, "welcome", VariantFilter(states=(ReviewState.RETIRED,))).items
+        assert {v.materials["copy"] for v in gone} == {"c1"}
+        assert {v.reason for v in gone} == {"forbidden by a constraint or a hard check"}
+        change_scene(session, "welcome", spec(), version=None)
+        assert make_variants(session, "welcome").restored == 4
+
+
+def test_a_cap_keeps_the_baseline_and_what_was_there(database: Database) -> None:
+    stocked(database, cap=10)
+    with database.transaction(ANN) as session:
+        made = make_variants(session, "welcome")
+        assert made.created <= 10
+        assert made.coverage is not None
+        assert get_variant(session, "welcome", variant_id({"copy": "c2", "image": "i1", "layout": "l1"}))
+        before = {v.id for v in find_variants(session, "welcome").items}
+        change_scene(session, "welcome", spec(cap=12), version=None)
+        assert make_variants(session, "welcome").retired == 0
+        assert before <= {v.id for v in find_variants(session, "welcome").items}
+
+
+def test_a_forbidden_baseline_and_contradicting_constraints_are_named(sqlite: Database) -> None:
+    stocked(sqlite, constraints=["forbid copy:c2 with image:i1"])
+    with sqlite.transaction(ANN) as session:
+        with pytest.raises(InputError, match="baseline: forbid copy:c2 with image:i1"):
+            make_variants(session, "welcome")
+        change_scene(
+            session, "welcome", spec(constraints=["require copy:c1", "forbid copy:c1"], baseline=None), version=None
+        )
+        with pytest.raises(InputError, match="forbid copy:c1"):
+            make_variants(session, "welcome")
+
+
+def test_filters_combine_terms_states_and_ids(database: Database) -> None:
+    stocked(database)
+    with database.transaction(ANN) as session:
+        make_variants(session, "welcome")
+
+        def ids(*where: str, **more: object) -> list[str]:
+            return [v.id for v in find_variants(session, "welcome", VariantFilter(where, **more)).items]  # type: ignore[arg-type]
+
+        assert len(ids("copy:c1")) == 4
+        assert len(ids("copy:c2|c3", "image.image_style=flat")) == 8
+        assert len(ids("copy:c2 with image:i2")) == 2
+        assert len(ids("benefit=cash_back|red_packet")) == 10
+        assert len(ids("image_style=*")) == 16
+        some = ids("copy:c1")[:2]
+        assert ids(ids=tuple(some)) == some
+        assert ids(remarked=True) == []
+        assert ids(states=(ReviewState.APPROVED,)) == []
+        for text in ("copy:nope", "benefit=gold", "nonsense", "copy.benefit matches image.subject"):
+            with pytest.raises(InputError):
+                ids(text)
+        assert get_variant(session, "welcome", some[0][:8]).id == some[0]
+        for wrong in ("ffff", "%", "_" * 24, some[0][:3]):
+            with pytest.raises(NotFoundError):
+                get_variant(session, "welcome", wrong)
+
+
+def test_pages_of_variants_hold_each_once(database: Database) -> None:
+    stocked(database)
+    with database.transaction(ANN) as session:
+        make_variants(session, "welcome")
+        seen, cursor = [], None
+        while True:
+            page = find_variants(session, "welcome", VariantFilter(("image.image_style=flat",)), cursor=cursor, limit=3)
+            seen += [v.id for v in page.items]
+            cursor = page.next_cursor
+            if cursor is None:
+                break
+        assert seen == sorted(set(seen))
+        assert len(seen) == 10
+
+
+def test_a_variant_is_approved_by_somebody_else_after_its_materials(database: Database) -> None:
+    stocked(database)
+    with database.transaction(ANN) as session:
+        make_variants(session, "welcome")
+        assert move_variants(session, "welcome", "submit").moved == 16
+        assert move_variants(session, "welcome", "approve").skipped == {"your own: somebody else has to review it": 16}
+    with database.transaction(REX) as session:
+        moved = move_variants(session, "welcome", "approve")
+        assert moved.moved == 0
+        assert all(why.endswith("is not approved") for why in moved.skipped)
+        approve_library(session)
+        assert move_variants(session, "welcome", "approve", VariantFilter(("copy:c1",))).moved == 4
+        assert count_variants(session, "welcome") == {"in_review": 12, "approved": 4}
+        approved = find_variants(session, "welcome", VariantFilter(states=(ReviewState.APPROVED,))).items
+        assert {v.reviewer for v in approved} == {"rex"}
+        assert approval_holds(session, approved) == {v.id for v in approved}
+
+
+def test_steps_out_of_order_are_counted_and_not_taken(database: Database) -> None:
+    stocked(database)
+    with database.transaction(REX) as session:
+        assert move_materials(session, "approve", ["c1"]).skipped == {"draft, not in review": 1}
+        assert move_materials(session, "restore", ["c1"]).skipped == {"draft, not retired": 1}
+        with pytest.raises(NotFoundError):
+            move_materials(session, "submit", ["c1", "nope"])
+        with pytest.raises(InputError, match="no step"):
+            move_materials(session, "publish", ["c1"])
+
+
+def test_a_rejection_needs_a_reason_and_can_be_submitted_again(database: Database) -> None:
+    stocked(database)
+    with database.transaction(REX) as session:
+        move_materials(session, "submit", ["c1"])
+        with pytest.raises(InputError, match="say why"):
+            move_materials(session, "reject", ["c1"], reason="  ")
+        assert move_materials(session, "reject", ["c1"], reason="misleading").moved == 1
+        assert move_materials(session, "submit", ["c1"]).moved == 1
+
+
+@pytest.mark.parametrize("move", sorted(MOVES))
+def test_each_step_takes_its_role(sqlite: Database, move: str) -> None:
+    stocked(sqlite)
+    others = set(Role) - {MOVES[move].role, Role.ADMIN}
+    with sqlite.transaction(person("kim", *others)) as session:
+        with pytest.raises(ForbiddenError):
+            move_materials(session, move, ["c1"], reason="x")
+        with pytest.raises(ForbiddenError):
+            move_variants(session, "welcome", move, reason="x")
+
+
+def test_changing_a_material_takes_back_the_approval_of_every_variant_that_holds_it(database: Database) -> None:
+    stocked(database, approved=True)
+    with database.transaction(ANN) as session:
+        make_variants(session, "welcome")
+        move_variants(session, "welcome", "submit")
+    with database.transaction(REX) as session:
+        assert move_variants(session, "welcome", "approve").moved == 16
+    with database.transaction(person("bob")) as session:
+        change_material(session, "c2", content=Copy(title="Cash back, always"), version=None)
+        assert count_variants(session, "welcome") == {"draft": 6, "approved": 10}
+        back = find_variants(session, "welcome", VariantFilter(states=(ReviewState.DRAFT,))).items
+        assert {v.materials["copy"] for v in back} == {"c2"}
+        assert all(v.reason and "c2" in v.reason and v.author == "bob" for v in back)
+        assert approval_holds(session, find_variants(session, "welcome").items).isdisjoint(v.id for v in back)
+
+
+def test_retiring_a_material_takes_its_variants_out_of_what_can_be_released(database: Database) -> None:
+    stocked(database, approved=True)
+    with database.transaction(ANN) as session:
+        make_variants(session, "welcome")
+        move_variants(session, "welcome", "submit")
+    with database.transaction(REX) as session:
+        move_variants(session, "welcome", "approve")
+        move_materials(session, "retire", ["i1"])
+        held = approval_holds(session, find_variants(session, "welcome").items)
+        assert len(held) == 12
+    with database.transaction(ANN) as session:
+        change_scene(session, "welcome", spec(baseline=None, constraints=[]), version=None)
+        assert make_variants(session, "welcome").retired == 4
+
+
+def test_the_rule_approves_what_has_approved_materials_and_no_remarks(database: Database) -> None:
+    stocked(database, approve_automatically=True)
+    with database.transaction(ANN) as session:
+        assert make_variants(session, "welcome").approved == 0
+    with database.transaction(REX) as session:
+        approve_library(session)
+        assert count_variants(session, "welcome") == {"approved": 16}
+        assert {v.reviewer for v in find_variants(session, "welcome").items} == {RULE}
+
+
+def test_another_business_moves_nothing(database: Database) -> None:
+    stocked(database)
+    with database.transaction(ANN) as session:
+        make_variants(session, "welcome")
+    with database.transaction(person("eve", business="rival")) as session:
+        for act in (
+            lambda: move_variants(session, "welcome", "submit"),
+            lambda: find_variants(session, "welcome"),
+            lambda: move_materials(session, "submit", ["c1"]),
+            lambda: make_variants(session, "welcome"),
+        ):
+            with pytest.raises(NotFoundError):
+                act()
+        assert count_variants(session, "welcome") == {}

@@ -1,0 +1,195 @@
+"""Scenes: what a spec may say, who wins when two edit, and a scene kept as code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kaleidoscope.combiner import count
+from kaleidoscope.database import Database
+from kaleidoscope.errors import ConflictError, ForbiddenError, InputError, NotFoundError
+from kaleidoscope.scenes import (
+    apply_scene,
+    change_scene,
+    create_scene,
+    diff_scene,
+    export_scene,
+    get_scene,
+    list_scenes,
+    parse_scene,
+    read_scene,
+    space_of,
+    spec_of,
+)
+from kaleidoscope.taxonomy import check_changes, evolve
+from kaleidoscope.vocabulary import Role
+from tests.kaleidoscope.people import person
+from tests.kaleidoscope.stock import add_library, spec, stocked
+
+
+def test_a_scene_comes_back_as_it_was_written(database: Database) -> None:
+    stocked(database)
+    with database.transaction(person("vic", Role.VIEWER), write=False) as session:
+        assert spec_of(get_scene(session, "welcome")) == spec()
+        assert [s.id for s in list_scenes(session).items] == ["welcome"]
+
+
+def test_another_business_sees_and_uses_none_of_it(database: Database) -> None:
+    stocked(database)
+    with database.transaction(person("eve", business="rival")) as session:
+        assert list_scenes(session).items == []
+        with pytest.raises(NotFoundError):
+            get_scene(session, "welcome")
+        add_library(session, prefix="r-")
+        with pytest.raises(InputError, match="there is no material 'c1'"):
+            create_scene(session, "stolen", spec())
+
+
+def test_only_editors_write_scenes(database: Database) -> None:
+    stocked(database)
+    with database.transaction(person("vic", Role.VIEWER, Role.REVIEWER, Role.PUBLISHER)) as session:
+        with pytest.raises(ForbiddenError, match="editor"):
+            create_scene(session, "other", spec())
+        with pytest.raises(ForbiddenError, match="editor"):
+            change_scene(session, "welcome", spec(name="Mine"), version=1)
+
+
+def test_of_two_editors_the_second_gets_both_versions(database: Database) -> None:
+    stocked(database)
+    with database.transaction(person("ann")) as session:
+        change_scene(session, "welcome", spec(name="First"), version=1)
+    with database.transaction(person("bob")) as session, pytest.raises(ConflictError) as caught:
+        change_scene(session, "welcome", spec(name="Second"), version=1)
+    assert caught.value.details is not None
+    assert caught.value.details["yours"]["spec"]["name"] == "Second"
+    assert caught.value.details["current"]["spec"]["name"] == "First"
+    assert caught.value.details["current"]["version"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slots": [{"name": "copy", "kind": "copy", "materials": ["nope"]}]}, "there is no material 'nope'"),
+        ({"slots": [{"name": "copy", "kind": "image", "materials": ["c1"]}]}, "is copy, the slot takes image"),
+        ({"slots": [{"name": "copy", "kind": "copy", "materials": ["c1", "c1"]}]}, "'c1' is there twice"),
+        ({"baseline": {"copy": "c1"}}, "one material for each slot"),
+        ({"baseline": {"copy": "c9", "image": "i1", "layout": "l1"}}, "'c9' is not a material"),
+        ({"constraints": ["forbid copy.benefit=gold_bar"]}, "gold_bar"),
+        ({"constraints": ["forbid coppy:c1"]}, "coppy"),
+        ({"constraints": ["forbid copy:c1", "forbid copy:c1"]}, "there twice"),
+    ],
+)
+def test_a_spec_that_contradicts_the_library_is_refused_with_the_reason(
+    sqlite: Database, changes: dict[str, object], message: str
+) -> None:
+    with sqlite.transaction(person("ann")) as session:
+        add_library(session)
+        with pytest.raises(InputError, match=message):
+            create_scene(session, "welcome", spec(**changes))
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ([], "scene"),
+        ({"slots": []}, "name"),
+        ({"name": "x", "slots": [], "colour": 1}, "colour"),
+        ({"name": "x\ny", "slots": [{"name": "copy", "kind": "copy"}]}, "name"),
+        ({"name": "x", "slots": [{"name": "Copy!", "kind": "copy"}]}, "slots"),
+        ({"name": "x", "slots": [{"name": "copy", "kind": "copy"}], "cap": 1}, "cap"),
+    ],
+)
+def test_a_malformed_spec_names_the_field(raw: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_scene(raw)
+
+
+def test_the_space_obeys_constraints_and_leaves_out_retired_materials(database: Database) -> None:
+    from kaleidoscope.review import move_materials
+
+    stocked(database)
+    with database.transaction(person("ann")) as session:
+        assert count(space_of(session, get_scene(session, "welcome")).space) == 3 * 3 * 2 - 2
+        move_materials(session, "retire", ["i1"])
+        assert count(space_of(session, get_scene(session, "welcome")).space) == 3 * 2 * 2
+
+
+def test_constraints_read_tags_under_the_current_taxonomy(database: Database) -> None:
+    stocked(database)
+    with database.transaction(person("ann")) as session:
+        changes = check_changes([{"op": "rename", "dimension": "benefit", "value": "red_packet", "id": "hongbao"}])
+        evolve(session, changes)
+        renamed = spec(constraints=["forbid copy.benefit=hongbao with image.subject=product"])
+        scene = change_scene(session, "welcome", renamed, version=None)
+        assert count(space_of(session, scene).space) == 16
+
+
+def test_a_hard_check_forbids_and_a_soft_one_remarks(sqlite: Database) -> None:
+    from kaleidoscope.content import Copy
+    from kaleidoscope.materials import add_material
+
+    long = [*({"name": n, "kind": n, "materials": m} for n, m in (("image", ["i1"]), ("layout", ["l1", "l2"])))]
+    slots = [{"name": "copy", "kind": "copy", "materials": ["c1", "long"]}, *long]
+    with sqlite.transaction(person("ann")) as session:
+        add_library(session)
+        add_material(session, "long", Copy(title="word " * 60), [])
+        base = {"slots": slots, "constraints": [], "baseline": None}
+        soft = create_scene(session, "soft", spec(**base, checks={"text_fits": "soft"}))
+        hard = create_scene(session, "hard", spec(**base, checks={"text_fits": "hard"}))
+        off = create_scene(session, "off", spec(**base, checks={"text_fits": "off"}))
+        found = space_of(session, soft)
+        assert count(found.space) == 4
+        assert len(found.remarks_on({"copy": "long", "image": "i1", "layout": "l1"})) == 1
+        assert found.remarks_on({"copy": "c1", "image": "i1", "layout": "l1"}) == []
+        assert count(space_of(session, hard).space) == 2
+        assert space_of(session, off).remarks == ()
+
+
+def test_export_and_apply_round_trip(database: Database, tmp_path: Path) -> None:
+    scene = stocked(database, cap=10, traffic={"exposures_per_day": 5000, "click_rate": 0.03}, product={"yield": 3.2})
+    file = tmp_path / "scene.yaml"
+    file.write_text(export_scene(scene), encoding="utf-8")
+    id, read = read_scene(file)
+    assert (id, read) == ("welcome", spec_of(scene))
+    with database.transaction(person("ann")) as session:
+        assert apply_scene(session, id, read).lines == ()
+        assert get_scene(session, "welcome").version == 1
+        assert export_scene(get_scene(session, "welcome")) == file.read_text(encoding="utf-8")
+
+
+def test_a_diff_says_what_applying_changes(database: Database) -> None:
+    stocked(database)
+    slots = spec().model_dump(mode="json")["slots"]
+    slots[0]["materials"] = ["c1", "c2"]
+    changed = spec(name="Hello", slots=slots, constraints=["forbid copy:c1 with layout:l2"], cap=5)
+    with database.transaction(person("ann")) as session:
+        diff = diff_scene(session, "welcome", changed)
+        assert not diff.creates
+        assert set(diff.lines) == {
+            "~ name: 'Welcome' → 'Hello'",
+            "- slot copy: c3",
+            "- constraints: forbid copy.benefit=red_packet with image.subject=product",
+            "+ constraints: forbid copy:c1 with layout:l2",
+            "+ cap: 5",
+        }
+        assert apply_scene(session, "welcome", changed).lines == diff.lines
+        assert diff_scene(session, "welcome", changed).lines == ()
+        assert diff_scene(session, "new", changed).creates
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x", "begins with"),
+        ("scene: a\nscene: b\nname: x\nslots: []", "twice"),
+        ("scene: a\nname: [", "YAML"),
+        ("scene: A b\nname: x\nslots: []", "cannot be an id"),
+        ("scene: !!python/object/apply:os.system [ls]", "YAML"),
+    ],
+)
+def test_a_broken_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        read_scene(file)
