@@ -1,0 +1,57 @@
+"""The application: `create_app(settings)` is what a server runs and what tests talk to."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from kaleidoscope.database import open_database
+from kaleidoscope.serving.http import LimitBody, add_error_handlers
+from kaleidoscope.serving.operate import router
+from kaleidoscope.settings import Settings
+
+DESCRIPTION = """Everything that decides what may be shown: taxonomy, materials, scenes, variants, interventions,
+releases. Send an API token as `Authorization: Bearer …` or `X-API-Key: …`. Reads carry an `ETag`; creates take an
+`Idempotency-Key`; changes name the `version` they were made to."""
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The HTTP face on the database of the settings, whose schema is made if it is empty.
+
+    Raises InputError or UnavailableError where there is no such database, or it is of another version.
+    """
+    database = open_database(settings.database_url)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        database.close()
+
+    app = FastAPI(
+        title="Kaleidoscope", version=version("kaleidoscope"), description=DESCRIPTION, lifespan=lifespan,
+        separate_input_output_schemas=False,
+    )  # fmt: skip
+    app.state.database, app.state.files = database, settings.files_dir
+    app.add_middleware(LimitBody)
+    add_error_handlers(app)
+    app.include_router(router)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document: FastAPI's, without the 422 that our error handler turns into a 400."""
+    if app.openapi_schema is None:
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        app.openapi_schema = schema
+    return app.openapi_schema

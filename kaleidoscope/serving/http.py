@@ -1,0 +1,270 @@
+"""What every endpoint shares: who calls, one transaction, one error shape, ETags, idempotency keys, size limits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, NoReturn
+
+from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from fastapi.security import APIKeyHeader, HTTPBearer
+from fastapi.security.http import HTTPAuthorizationCredentials
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kaleidoscope.access import Caller, authenticate
+from kaleidoscope.database import Database, Session
+from kaleidoscope.errors import (
+    ConflictError,
+    InputError,
+    KaleidoscopeError,
+    TooLargeError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from kaleidoscope.tables import IdempotencyKey
+
+MAX_BODY = 64 * 1024 * 1024  # bytes; a bulk import with its images
+MAX_JSON = 4 * 1024 * 1024
+RETRY_AFTER_S = 2
+NOBODY = Caller("", None, frozenset())  # who asks whose token this is
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    code: str
+    message: str
+    details: dict[str, Any] | list[Any] | None = None
+
+
+class ErrorBody(BaseModel):
+    """The one shape of an error."""
+
+    error: ErrorDetail
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The request cannot be used; the message says what to change"},
+    401: {"model": ErrorBody, "description": "No token, or one that is unknown, expired or revoked"},
+    403: {"model": ErrorBody, "description": "The token's roles do not allow this"},
+    404: {"model": ErrorBody, "description": "There is no such thing in a business of this token"},
+    409: {"model": ErrorBody, "description": "Changed meanwhile, existing already, or in another state"},
+    413: {"model": ErrorBody, "description": "The request is too large"},
+    503: {"model": ErrorBody, "description": "The database is away or too busy; try again"},
+}
+READ: dict[int | str, dict[str, Any]] = {304: {"description": "Not changed since the ETag in If-None-Match"}}
+
+
+# ── who calls ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_bearer = HTTPBearer(auto_error=False, description="An API token")
+_api_key = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API token")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request of somebody who is known."""
+
+    database: Database
+    caller: Caller
+    request_hash: str
+    idempotency_key: str | None
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A transaction that changes nothing."""
+        with self.database.transaction(self.caller, write=False) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A transaction, committed at the end of the block."""
+        with self.database.transaction(self.caller) as session:
+            yield session
+
+    def inside(self, business: str) -> Call:
+        """The same call in a business."""
+        return replace(self, caller=self.caller.inside(business))
+
+    def create(self, make: Callable[[Session], BaseModel]) -> Response:
+        """Answer 201 with what `make` makes; with an Idempotency-Key, make it once and answer the same again.
+
+        Raises ConflictError where the key was used for another request.
+        """
+        with self.write() as session:
+            if self.idempotency_key is None:
+                return _created(make(session).model_dump(mode="json"))
+            owner = self.caller.token or ""
+            known = session.get(IdempotencyKey, (owner, self.idempotency_key))
+            if known is not None:
+                if known.request_hash != self.request_hash:
+                    raise ConflictError("Idempotency-Key: it was used for another request. Take a new key.")
+                return _created(known.body, replayed=True)
+            body = make(session).model_dump(mode="json")
+            session.add(
+                IdempotencyKey(
+                    owner=owner, key=self.idempotency_key, request_hash=self.request_hash, status=201, body=body
+                )
+            )
+            return _created(body)
+
+
+def _created(body: dict[str, Any], *, replayed: bool = False) -> Response:
+    headers = {"Idempotent-Replayed": "true"} if replayed else None
+    return JSONResponse(body, status_code=201, headers=headers)
+
+
+async def identify(
+    request: Request,
+    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    api_key: Annotated[str | None, Depends(_api_key)],
+    idempotency_key: Annotated[str | None, Header(max_length=255, pattern=r"^[\x21-\x7e]+$")] = None,
+) -> Call:
+    """The call behind a request, in the business its path names; raises UnauthenticatedError, InputError."""
+    secret = bearer.credentials if bearer is not None else api_key
+    if not secret:
+        raise UnauthenticatedError("Send an API token: `Authorization: Bearer …` or `X-API-Key: …`.")
+    database: Database = request.app.state.database
+    # A form has been read by now, and is gone; what it makes is stored under its own hash or id, once.
+    form = request.headers.get("content-type", "").lower().startswith("multipart/")
+    body = b"" if form else await request.body()
+    _refuse_unstorable(request, body)
+    caller = await run_in_threadpool(_whose, database, secret)
+    business = request.path_params.get("business")
+    if business is not None:
+        caller = caller.inside(business)
+    hashed = hashlib.sha256(f"{request.method} {request.url.path}?{request.url.query}\n".encode() + body).hexdigest()
+    return Call(database, caller, hashed, idempotency_key)
+
+
+def _whose(database: Database, secret: str) -> Caller:
+    with database.transaction(NOBODY, write=False) as session:
+        return authenticate(session, secret)
+
+
+Caught = Annotated[Call, Depends(identify)]
+
+
+def _refuse_unstorable(request: Request, body: bytes) -> None:
+    """No database stores the character U+0000 or half a surrogate pair, and JSON knows no NaN."""
+    if "\0" in request.url.path + "".join(request.path_params.values()) or "%00" in request.url.query:
+        raise InputError("path or query: the character U+0000 cannot be used.")
+    if not body or not request.headers.get("content-type", "").lower().startswith(("application/json", "text/json")):
+        return
+    if len(body) > MAX_JSON:
+        raise TooLargeError(f"body: {len(body):,} bytes; at most {MAX_JSON:,} are taken.")
+
+    def refuse(constant: str) -> NoReturn:
+        raise InputError(f"body: {constant} is not JSON. Give a number, or null.")
+
+    try:
+        text = json.dumps(json.loads(body, parse_constant=refuse), ensure_ascii=False)
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("body: it holds half of a surrogate pair, which is no character.") from None
+    except (ValueError, RecursionError):
+        raise InputError("body: this is not JSON in UTF-8.") from None
+    if re.search(r"\\u0000", text):
+        raise InputError("body: the character U+0000 cannot be stored.")
+
+
+# ── routes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Route(APIRoute):
+    """A route whose reads carry an ETag, and answer 304 where the caller has it already."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler, and the ETag of what it answers."""
+        handle = super().get_route_handler()
+
+        async def with_etag(request: Request) -> Response:
+            response = await handle(request)
+            if request.method != "GET" or response.status_code != 200 or not hasattr(response, "body"):
+                return response
+            etag = f'"{hashlib.sha256(response.body).hexdigest()[:32]}"'
+            known = request.headers.get("if-none-match", "")
+            if known.strip() == "*" or etag in [tag.strip().removeprefix("W/") for tag in known.split(",")]:
+                return Response(status_code=304, headers={"ETag": etag})
+            response.headers["ETag"] = etag
+            response.headers.setdefault("Cache-Control", "private, no-cache")
+            return response
+
+        return with_etag
+
+
+# ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Render every error, ours and the framework's, in the one shape."""
+
+    @app.exception_handler(KaleidoscopeError)
+    def ours(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, KaleidoscopeError)
+        headers = {}
+        if isinstance(error, UnauthenticatedError):
+            headers["WWW-Authenticate"] = "Bearer"
+        if isinstance(error, UnavailableError):
+            headers["Retry-After"] = str(RETRY_AFTER_S)
+        return JSONResponse(error.as_dict(), status_code=error.http_status, headers=headers)
+
+    @app.exception_handler(RequestValidationError)
+    def malformed(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        return _shape(400, "bad_input", "; ".join(lines[:20]))
+
+    @app.exception_handler(HTTPException)
+    def framework(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        codes = {404: "not_found", 405: "method_not_allowed", 401: "unauthenticated", 403: "forbidden"}
+        code = codes.get(error.status_code, "bad_input" if error.status_code < 500 else "internal")
+        return _shape(error.status_code, code, str(error.detail), dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return _shape(500, "internal", f"{type(error).__name__}. The server's log has the traceback.")
+
+
+def _shape(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse({"error": {"code": code, "message": message}}, status_code=status, headers=headers)
+
+
+class LimitBody:
+    """ASGI middleware that refuses a body of more than MAX_BODY bytes, declared or not."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what is small enough."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared) > MAX_BODY:
+            error = TooLargeError(f"body: at most {MAX_BODY:,} bytes are taken.")
+            await JSONResponse(error.as_dict(), status_code=413)(scope, receive, send)
+            return
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > MAX_BODY:
+                raise HTTPException(413, f"body: at most {MAX_BODY:,} bytes are taken.")
+            return message
+
+        await self.app(scope, counted, send)

@@ -1,0 +1,170 @@
+"""What every endpoint shares: tokens, one error shape, ETags, idempotency keys, limits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+
+from kaleidoscope.access import list_tokens, operator, revoke_token
+from kaleidoscope.database import Database
+from kaleidoscope.serving import http
+from kaleidoscope.vocabulary import Role
+from tests.kaleidoscope.serving.conftest import Client
+from tests.kaleidoscope.stock import stocked
+
+COPY = {"id": "hello", "content": {"kind": "copy", "title": "Hello"}}
+MATERIALS = "/api/v1/businesses/acme/materials"
+
+
+def test_a_token_is_taken_as_bearer_or_as_api_key(client_of: Client, sqlite: Database) -> None:
+    client = client_of("ann")
+    secret = client.headers["Authorization"].removeprefix("Bearer ")
+    assert client.get("/api/v1/businesses/acme").json()["name"] == "Acme"
+    by_key = client_of()
+    assert by_key.get("/api/v1/businesses/acme", headers={"X-API-Key": secret}).status_code == 200
+
+
+@pytest.mark.parametrize("secret", ["", "kld_wrong", "Basic x", "kld_" + "a" * 5000, "\x7f"])
+def test_nobody_is_told_who_they_are_not(client_of: Client, secret: str) -> None:
+    response = client_of().get("/api/v1/businesses/acme", headers={"Authorization": f"Bearer {secret}"})
+    assert response.status_code == 401
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+    assert response.json()["error"]["code"] == "unauthenticated"
+
+
+def test_a_revoked_token_ends_at_once(client_of: Client, sqlite: Database) -> None:
+    client = client_of("ann")
+    with sqlite.transaction(operator("root", "acme")) as session:
+        revoke_token(session, list_tokens(session)[0].id)
+    assert client.get("/api/v1/businesses/acme").status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/api/v1/businesses/acme/scenes/none", 404, "not_found"),
+        ("GET", "/api/v1/nowhere", 404, "not_found"),
+        ("DELETE", "/api/v1/businesses/acme", 405, "method_not_allowed"),
+        ("GET", "/api/v1/businesses/acme/materials?limit=0", 400, "bad_input"),
+        ("GET", "/api/v1/businesses/acme/materials?cursor=%21", 400, "bad_input"),
+        ("GET", "/api/v1/businesses/acme/audit?key=%00", 400, "bad_input"),
+        ("GET", "/api/v1/businesses/ac%00me", 400, "bad_input"),
+    ],
+)
+def test_every_error_has_the_one_shape(client_of: Client, method: str, path: str, status: int, code: str) -> None:
+    response = client_of("ann").request(method, path)
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    assert response.json()["error"]["code"] == code
+    assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"\xff\xfe",
+        b'{"id": "x", "content": {"kind": "copy", "title": "a\\u0000b"}}',
+        b'{"id": "x", "content": {"kind": "copy", "title": "\\ud800"}}',
+        b'{"id": NaN}',
+        b"[" * 100_000,
+        b'{"id": "x"}',
+        b'{"id": "x", "content": {"kind": "copy", "title": "t"}, "colour": "red"}',
+        b'{"id": "../x", "content": {"kind": "copy", "title": "t"}}',
+    ],
+)
+def test_a_body_that_cannot_be_used_is_refused_and_nothing_is_stored(client_of: Client, body: bytes) -> None:
+    client = client_of("ann")
+    response = client.post(MATERIALS, content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["code"] in {"bad_input"}
+    assert client.get(MATERIALS).json()["items"] == []
+
+
+def test_a_body_that_is_too_large_is_refused(client_of: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "MAX_BODY", 1000)
+    client = client_of("ann")
+    big = json.dumps({**COPY, "id": "x" * 2000}).encode()
+    assert client.post(MATERIALS, content=big).status_code == 413
+
+    def chunks():  # type: ignore[no-untyped-def]
+        yield from (b"x" * 400 for _ in range(5))
+
+    assert client.post(MATERIALS, content=chunks()).status_code == 413
+
+
+def test_reads_carry_an_etag_that_changes_with_what_is_read(client_of: Client, sqlite: Database) -> None:
+    stocked(sqlite)
+    client = client_of("ann")
+    first = client.get(f"{MATERIALS}/c1")
+    tag = first.headers["ETag"]
+    known = {"If-None-Match": f'"other", W/{tag}'}
+    again = client.get(f"{MATERIALS}/c1", headers=known)
+    assert again.status_code == 304
+    assert again.content == b""
+    assert again.headers["ETag"] == tag
+    change = {"version": 1, "content": {"kind": "copy", "title": "Another"}}
+    assert client.patch(f"{MATERIALS}/c1", json=change).status_code == 200
+    assert client.get(f"{MATERIALS}/c1", headers=known).status_code == 200
+
+
+def test_the_loser_of_two_changes_gets_both_versions(client_of: Client, sqlite: Database) -> None:
+    stocked(sqlite)
+    client = client_of("ann")
+    change = {"version": 1, "content": {"kind": "copy", "title": "First"}}
+    assert client.patch(f"{MATERIALS}/c1", json=change).json()["version"] == 2
+    lost = client.patch(f"{MATERIALS}/c1", json={**change, "content": {"kind": "copy", "title": "Second"}})
+    assert lost.status_code == 409
+    details = lost.json()["error"]["details"]
+    assert details["yours"]["content"]["title"] == "Second"
+    assert details["current"]["content"]["title"] == "First"
+
+
+def test_a_create_with_a_key_happens_once(client_of: Client, sqlite: Database) -> None:
+    stocked(sqlite)
+    client, key = client_of("ann"), {"Idempotency-Key": "k-1"}
+    first = client.post(MATERIALS, json=COPY, headers=key)
+    again = client.post(MATERIALS, json=COPY, headers=key)
+    assert (first.status_code, again.status_code) == (201, 201)
+    assert again.json() == first.json()
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert client.post(MATERIALS, json=COPY).status_code == 409
+    other = client.post(MATERIALS, json={**COPY, "id": "else"}, headers=key)
+    assert other.status_code == 409
+    assert "Idempotency-Key" in other.json()["error"]["message"]
+    somebody_else = client_of("bob").post(MATERIALS, json={**COPY, "id": "mine"}, headers=key)
+    assert somebody_else.status_code in {201, 409}
+    assert somebody_else.headers.get("Idempotent-Replayed") is None
+
+
+def test_a_failed_create_does_not_use_its_key_up(client_of: Client, sqlite: Database) -> None:
+    stocked(sqlite)
+    client, key = client_of("ann"), {"Idempotency-Key": "k-2"}
+    bad = {"id": "bad", "content": {"kind": "copy", "title": "Hi {nobody}"}}
+    assert client.post(MATERIALS, json=bad, headers=key).status_code == 400
+    assert client.post(MATERIALS, json={**bad, "content": COPY["content"]}, headers=key).status_code == 201
+
+
+def test_a_database_that_is_away_is_a_503_to_try_again(app: FastAPI, client_of: Client, tmp_path: Path) -> None:
+    client = client_of("ann")
+    app.state.database.close()
+    (tmp_path / "kaleidoscope.db").rename(tmp_path / "elsewhere.db")
+    (tmp_path / "kaleidoscope.db").mkdir()
+    response = client.get("/api/v1/businesses/acme")
+    assert response.status_code == 503
+    assert response.headers["Retry-After"]
+    assert response.json()["error"]["code"] == "unavailable"
+
+
+def test_an_unexpected_error_tells_nothing_of_the_inside(client_of: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr("kaleidoscope.businesses.get_business", broken)
+    response = client_of("ann", Role.VIEWER).get("/api/v1/businesses/acme")
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal"
+    assert "secret detail" not in response.text

@@ -1,0 +1,300 @@
+"""Every endpoint: anonymous, wrong role, wrong business, right role; and the whole way over HTTP alone."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from kaleidoscope.combiner import variant_id
+from kaleidoscope.database import Database
+from kaleidoscope.interventions import InterventionSpec, add_intervention
+from kaleidoscope.release import ReleasePlan, draft_release, start
+from kaleidoscope.review import make_variants, move_variants
+from kaleidoscope.vocabulary import Role
+from tests.kaleidoscope.people import person
+from tests.kaleidoscope.serving.conftest import Client
+from tests.kaleidoscope.stock import spec, stocked
+
+BASE = "/api/v1/businesses/acme"
+SCENE = f"{BASE}/scenes/welcome"
+PLAN = {"shares": {"control": 0.5, "random": 0.5}}
+SPEC = spec().model_dump(mode="json")
+COPY = {"kind": "copy", "title": "Hello"}
+BLOCK = {"kind": "block", "target": {"material": "c1"}}
+BASELINE = variant_id({"copy": "c2", "image": "i1", "layout": "l1"})
+
+
+def picture() -> bytes:
+    data = io.BytesIO()
+    PIL.Image.new("RGB", (20, 10), "red").save(data, "PNG")
+    return data.getvalue()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A request that succeeds for whoever has the role; role None: for everybody of the business."""
+
+    method: str
+    route: str  # as in the OpenAPI document
+    path: str
+    role: Role | None = None
+    status: int = 200
+    body: dict[str, Any] | None = None
+    files: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.route}"
+
+    def send(self, client: TestClient) -> Any:
+        body = self.body
+        if body and "health" in body:
+            body = {"health": {**body["health"], "observed_at": datetime.now(UTC).isoformat()}}
+        return client.request(self.method, self.path, json=body, files=self.files or None)
+
+
+B, S = "/api/v1/businesses/{business}", "/api/v1/businesses/{business}/scenes/{scene}"
+EDITOR, REVIEWER, PUBLISHER, ADMIN = Role.EDITOR, Role.REVIEWER, Role.PUBLISHER, Role.ADMIN
+
+
+def operations() -> list[Operation]:
+    healthy = {"health": {"ok": True}}
+    variant = f"{SCENE}/variants/{BASELINE}"
+    move = {"ids": ["c1"], "reason": "x"}
+    return [
+        Operation("GET", "/api/v1/businesses", "/api/v1/businesses"),
+        Operation("GET", B, BASE),
+        Operation("PATCH", B, BASE, ADMIN, body={"version": 1, "name": "Acme & Co"}),
+        Operation("GET", f"{B}/audit", f"{BASE}/audit"),
+        Operation("GET", f"{B}/tokens", f"{BASE}/tokens", ADMIN),
+        Operation("POST", f"{B}/tokens", f"{BASE}/tokens", ADMIN, 201, {"user": "x", "roles": ["viewer"]}),
+        Operation("DELETE", f"{B}/tokens/{{token}}", f"{BASE}/tokens/TOKEN", ADMIN),
+        Operation("GET", f"{B}/taxonomy", f"{BASE}/taxonomy"),
+        Operation("GET", f"{B}/taxonomy/versions", f"{BASE}/taxonomy/versions"),
+        Operation("GET", f"{B}/taxonomy/mapping", f"{BASE}/taxonomy/mapping?old=1&new=1"),
+        Operation(
+            "POST", f"{B}/taxonomy/versions", f"{BASE}/taxonomy/versions", EDITOR, 201,
+            {"changes": [{"op": "retire", "dimension": "motion"}]},
+        ),
+        Operation("GET", f"{B}/materials", f"{BASE}/materials"),
+        Operation("POST", f"{B}/materials", f"{BASE}/materials", EDITOR, 201, {"id": "new", "content": COPY}),
+        Operation("GET", f"{B}/materials/{{material}}", f"{BASE}/materials/c1"),
+        Operation(
+            "PATCH", f"{B}/materials/{{material}}", f"{BASE}/materials/c1", EDITOR, body={"version": 3, "content": COPY}
+        ),
+        Operation("POST", f"{B}/materials/review/{{move}}", f"{BASE}/materials/review/reject", REVIEWER, body=move),
+        Operation(
+            "POST", f"{B}/materials/import", f"{BASE}/materials/import", EDITOR,
+            files={"table": ("t.csv", b"id,kind,title\nm1,copy,Hi\n", "text/csv")},
+        ),
+        Operation(
+            "POST", f"{B}/images", f"{BASE}/images", EDITOR, 201, files={"file": ("x.png", picture(), "image/png")}
+        ),
+        Operation("GET", f"{B}/images/{{material}}", f"{BASE}/images/real"),
+        Operation("GET", f"{B}/scenes", f"{BASE}/scenes"),
+        Operation("POST", f"{B}/scenes", f"{BASE}/scenes", EDITOR, 201, {"id": "second", "spec": SPEC}),
+        Operation("GET", S, SCENE),
+        Operation("PUT", S, SCENE, EDITOR, body={"version": 1, "spec": {**SPEC, "name": "Other"}}),
+        Operation("POST", f"{S}/diff", f"{SCENE}/diff", body=SPEC),
+        Operation("GET", f"{S}/combinations", f"{SCENE}/combinations"),
+        Operation("GET", f"{S}/plan", f"{SCENE}/plan"),
+        Operation("POST", f"{S}/variants", f"{SCENE}/variants", EDITOR),
+        Operation("GET", f"{S}/variants", f"{SCENE}/variants?where=copy:c1&state=approved"),
+        Operation("GET", f"{S}/variants/{{variant}}", variant),
+        Operation(
+            "POST", f"{S}/variants/review/{{move}}", f"{SCENE}/variants/review/reject", REVIEWER, body={"reason": "x"}
+        ),
+        Operation("GET", f"{S}/interventions", f"{SCENE}/interventions"),
+        Operation(
+            "POST", f"{S}/interventions", f"{SCENE}/interventions", EDITOR, 201, {"id": "another", "spec": BLOCK}
+        ),
+        Operation("POST", f"{S}/interventions/conflicts", f"{SCENE}/interventions/conflicts", body=BLOCK),
+        Operation("GET", f"{S}/interventions/{{intervention}}", f"{SCENE}/interventions/rule"),
+        Operation(
+            "PUT", f"{S}/interventions/{{intervention}}", f"{SCENE}/interventions/rule", EDITOR,
+            body={"version": 1, "spec": {**BLOCK, "priority": 3}},
+        ),
+        Operation("DELETE", f"{S}/interventions/{{intervention}}", f"{SCENE}/interventions/rule", EDITOR),
+        Operation("GET", f"{S}/releases", f"{SCENE}/releases"),
+        Operation("POST", f"{S}/releases", f"{SCENE}/releases", PUBLISHER, 201, {"plan": PLAN}),
+        Operation("GET", f"{S}/releases/{{number}}", f"{SCENE}/releases/1"),
+        Operation("GET", f"{S}/releases/{{number}}/diff/{{other}}", f"{SCENE}/releases/1/diff/2"),
+        Operation("POST", f"{S}/rollout/advance", f"{SCENE}/rollout/advance", PUBLISHER, body=healthy),
+        Operation("POST", f"{S}/rollout/pause", f"{SCENE}/rollout/pause", PUBLISHER, body={"reason": "look"}),
+        Operation("POST", f"{S}/rollout/rollback", f"{SCENE}/rollout/rollback", PUBLISHER, body={"reason": "bad"}),
+        Operation("GET", f"{S}/ledger", f"{SCENE}/ledger"),
+        Operation("GET", f"{S}/live", f"{SCENE}/live"),
+    ]  # fmt: skip
+
+
+OPERATIONS = operations()
+# Those that need another state than the fixture's are tested by `test_the_whole_way_over_http`.
+ELSEWHERE = {
+    ("POST", "/api/v1/businesses"),
+    ("POST", f"{S}/releases/{{number}}/start"),
+    ("POST", f"{S}/rollout/resume"),
+}
+
+
+@pytest.fixture
+def busy(sqlite: Database, app: FastAPI) -> Database:
+    """The scene with approved variants, a rule, release 1 in canary, release 2 as a draft, and a picture."""
+    from kaleidoscope.images import store_image
+    from kaleidoscope.materials import add_material
+
+    stocked(sqlite, approved=True, traffic={"exposures_per_day": 1e5, "click_rate": 0.03})
+    with sqlite.transaction(person("ann")) as session:
+        make_variants(session, "welcome")
+        move_variants(session, "welcome", "submit")
+        add_material(session, "real", store_image(app.state.files, "acme", picture()), [])
+    with sqlite.transaction(person("rex")) as session:
+        move_variants(session, "welcome", "approve")
+        rule = InterventionSpec.model_validate(BLOCK)
+        add_intervention(session, "welcome", "rule", rule)
+        draft_release(session, "welcome", ReleasePlan.model_validate(PLAN))
+        draft_release(session, "welcome", ReleasePlan.model_validate(PLAN))
+        start(session, "welcome", 1)
+    return sqlite
+
+
+def test_every_operation_of_the_document_is_in_the_table(app: FastAPI) -> None:
+    documented = {(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods}
+    assert documented == {(o.method, o.route) for o in OPERATIONS} | ELSEWHERE
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=str)
+def test_who_may_do_what(operation: Operation, busy: Database, client_of: Client) -> None:
+    anonymous = operation.send(client_of())
+    assert anonymous.status_code == 401, anonymous.text
+    if operation.route != "/api/v1/businesses":
+        foreigner = operation.send(client_of("eve", business="rival"))
+        assert foreigner.status_code == 404, foreigner.text
+    if operation.role is not None:
+        others = set(Role) - {operation.role, Role.ADMIN}
+        if operation.route == f"{S}/releases":
+            others -= {Role.EDITOR}  # either may draft
+        refused = operation.send(client_of("kim", *others))
+        assert refused.status_code == 403, refused.text
+    right = client_of("pat", operation.role or Role.VIEWER)
+    if "TOKEN" in operation.path:
+        mine = right.get(f"{BASE}/tokens").json()[0]["id"]
+        operation = Operation("DELETE", operation.route, operation.path.replace("TOKEN", mine), ADMIN)
+    allowed = operation.send(right)
+    assert allowed.status_code == operation.status, allowed.text
+
+
+def test_only_the_installation_founds_businesses(client_of: Client) -> None:
+    body = {"id": "third", "name": "Third"}
+    assert client_of().post("/api/v1/businesses", json=body).status_code == 401
+    assert client_of("ann").post("/api/v1/businesses", json={**body, "id": "acme"}).status_code == 403
+    assert client_of("ann").post("/api/v1/businesses", json=body).status_code == 404
+    root = client_of("root", business=None)
+    assert root.post("/api/v1/businesses", json=body).status_code == 201
+    assert root.post("/api/v1/businesses", json=body).status_code == 409
+    assert {b["id"] for b in root.get("/api/v1/businesses").json()["items"]} == {"acme", "rival", "third"}
+    assert {b["id"] for b in client_of("ann").get("/api/v1/businesses").json()["items"]} == {"acme"}
+
+
+def test_the_whole_way_over_http(client_of: Client) -> None:
+    root = client_of("root", business=None)
+    assert root.post("/api/v1/businesses", json={"id": "wealth", "name": "Wealth"}).status_code == 201
+    base = "/api/v1/businesses/wealth"
+    ann = client_of("ann", Role.EDITOR, business="wealth")
+    rex = client_of("rex", Role.REVIEWER, business="wealth")
+    pia = client_of("pia", Role.PUBLISHER, business="wealth")
+
+    def ok(response: Any, status: int = 200) -> Any:
+        assert response.status_code == status, response.text
+        return response.json()
+
+    image = ok(ann.post(f"{base}/images", files={"file": ("a.svg", picture(), "image/svg+xml")}), 201)
+    assert image["media_type"] == "image/png"
+    for id, content in {
+        "c1": {"kind": "copy", "title": "One"},
+        "c2": {"kind": "copy", "title": "Two"},
+        "i1": image,
+    }.items():
+        ok(ann.post(f"{base}/materials", json={"id": id, "content": content}), 201)
+    shown = ann.get(f"{base}/images/i1")
+    assert shown.headers["content-type"] == "image/png"
+    assert PIL.Image.open(io.BytesIO(shown.content)).size == (20, 10)
+    ids = {"ids": ["c1", "c2", "i1"]}
+    assert ok(ann.post(f"{base}/materials/review/submit", json=ids))["moved"] == 3
+    assert ok(rex.post(f"{base}/materials/review/approve", json=ids))["moved"] == 3
+    scene = {
+        "name": "Home",
+        "slots": [
+            {"name": "copy", "kind": "copy", "materials": ["c1", "c2"]},
+            {"name": "image", "kind": "image", "materials": ["i1"]},
+        ],
+        "baseline": {"copy": "c1", "image": "i1"},
+    }
+    ok(ann.post(f"{base}/scenes", json={"id": "home", "spec": scene}), 201)
+    home = f"{base}/scenes/home"
+    assert ok(ann.get(f"{home}/combinations"))["legal"] == 2
+    assert ok(ann.post(f"{home}/variants"))["created"] == 2
+    ok(ann.post(f"{home}/variants/review/submit", json={}))
+    assert ok(rex.post(f"{home}/variants/review/approve", json={"states": ["in_review"]}))["moved"] == 2
+    drafted = ok(pia.post(f"{home}/releases", json={"plan": PLAN}), 201)
+    assert (drafted["number"], drafted["state"]) == (1, "draft")
+    assert ok(pia.get(f"{home}/live")) is None
+    first = ok(pia.post(f"{home}/releases/1/start", json={}))
+    assert (first["candidate"], first["share"]) == (1, 0.01)
+    ok(pia.post(f"{home}/rollout/pause", json={"reason": "lunch"}))
+    assert pia.post(f"{home}/rollout/resume", json={"expected_seq": 1}).status_code == 409
+    ok(pia.post(f"{home}/rollout/resume", json={"expected_seq": 2}))
+    for _ in range(4):
+        health = {"ok": True, "observed_at": datetime.now(UTC).isoformat()}
+        ok(pia.post(f"{home}/rollout/advance", json={"health": health}))
+    live = ok(pia.get(f"{home}/live"))
+    assert (live["stable"], live["candidate"]) == (1, None)
+    assert [e["action"] for e in ok(pia.get(f"{home}/ledger"))["items"]][-1] == "start"
+    document = ok(pia.get(f"{home}/releases/1"))
+    assert document["release"]["state"] == "full"
+    assert len(document["content"]["variants"]) == 2
+
+
+def test_a_bulk_import_reports_every_row_and_stores_all_or_nothing(
+    client_of: Client, sqlite: Database, tmp_path: Path
+) -> None:
+    stocked(sqlite)
+    ann = client_of("ann")
+    table = b"id,kind,title,file\nn1,copy,Hi,\nn2,image,,gone.png\nn3,image,,x.png\n"
+    files = [("table", ("t.csv", table, "text/csv")), ("pictures", ("x.png", picture(), "image/png"))]
+    report = ann.post(f"{BASE}/materials/import", files=files).json()
+    assert not report["applied"]
+    assert [row["outcome"] for row in report["rows"]] == ["held_back", "failed", "held_back"]
+    assert ann.get(f"{BASE}/materials/n1").status_code == 404
+    partial = ann.post(f"{BASE}/materials/import", files=files, data={"partial": "true"}).json()
+    assert [row["outcome"] for row in partial["rows"]] == ["created", "failed", "created"]
+    assert ann.get(f"{BASE}/materials/n3").status_code == 200
+    outside = [("table", ("t.csv", table, "text/csv")), ("pictures", ("../x.png", picture(), "image/png"))]
+    assert ann.post(f"{BASE}/materials/import", files=outside).status_code == 400
+
+
+@pytest.mark.parametrize("data", [b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"", b"GIF89a", b"\x89PNG\r\n\x1a\n"])
+def test_what_is_no_picture_is_refused(client_of: Client, data: bytes) -> None:
+    response = client_of("ann").post(f"{BASE}/images", files={"file": ("x.png", data, "image/png")})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+
+
+def test_every_operation_is_documented(app: FastAPI) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "rest-api.md").read_text(encoding="utf-8")
+    written = set(re.findall(r"(GET|POST|PUT|PATCH|DELETE) `([^`]+)`", page))
+    short = {(o[0], o[1].removeprefix("/api/v1").replace("{s}", "{b}/scenes/{scene}")) for o in written}
+    documented = {(method, path.replace("{b}", "/businesses/{business}")) for method, path in short}
+    there = {
+        (method.upper(), path.removeprefix("/api/v1"))
+        for path, methods in app.openapi()["paths"].items()
+        for method in methods
+    }
+    assert documented == there
