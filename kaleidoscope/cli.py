@@ -7,19 +7,23 @@ Exit codes: 0 ok, 1 the job failed, 2 bad usage or input.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from kaleidoscope.advice import verdict_sentence
+from kaleidoscope.advice import no_values, verdict_sentence, why_unknown
 from kaleidoscope.errors import KaleidoscopeError
+from kaleidoscope.operator_cli import mount
 from kaleidoscope.progress import Progress, Silent
+from kaleidoscope.terminal import console as _console
+from kaleidoscope.terminal import print_json as _print_json
+from kaleidoscope.terminal import printable
 from kaleidoscope.vocabulary import Level, Policy
 
 if TYPE_CHECKING:
@@ -115,6 +119,9 @@ def demo(
     _print_summary(summary, out, as_json=as_json)
 
 
+mount(app)
+
+
 # ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -138,7 +145,8 @@ def _render_error(error: Exception, *, as_json: bool) -> int:
         from rich.text import Text
 
         detail: Any = shape["error"]
-        _console(stderr=True).print(Text(f"Error ({detail['code']}): {detail['message']}", style="bold red"))
+        message = printable(f"Error ({detail['code']}): {detail['message']}")
+        _console(stderr=True).print(Text(message, style="bold red"), soft_wrap=True)
     return code
 
 
@@ -165,7 +173,10 @@ def _limit_threads(threads: int | None) -> None:
 
 @contextlib.contextmanager
 def _job_output(as_json: bool) -> Iterator[Progress]:
-    """Show progress on a terminal's stderr; with --json keep stdout clear of what libraries print."""
+    """Show progress on stderr, as bars on a terminal and else a line per stage.
+
+    With --json there is none, and stdout is kept clear of what libraries print.
+    """
     if as_json:
         with contextlib.redirect_stdout(sys.stderr):
             yield Silent()
@@ -173,7 +184,40 @@ def _job_output(as_json: bool) -> Iterator[Progress]:
         with _RichProgress(_console(stderr=True)) as progress:
             yield progress
     else:
-        yield Silent()
+        with _PlainProgress(sys.stderr) as progress:
+            yield progress
+
+
+class _PlainProgress:
+    """A line per stage: its name as it begins, its seconds as it ends."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._start: float | None = None
+
+    def __enter__(self) -> _PlainProgress:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        self._finish("" if error_type is None else "stopped after ")
+
+    def stage(self, name: str) -> None:
+        """End the line there is and begin one."""
+        self._finish()
+        self._start = time.perf_counter()
+        self._write(f"{name} ... ")
+
+    def advance(self, done: float) -> None:
+        """Write nothing: a file or a pipe keeps every line."""
+
+    def _finish(self, how: str = "") -> None:
+        if self._start is not None:
+            self._write(f"{how}{time.perf_counter() - self._start:.1f} s\n")
+            self._start = None
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
 
 
 class _RichProgress:
@@ -226,10 +270,23 @@ def _print_summary(summary: Mapping[str, Any], out: Path, *, as_json: bool) -> N
     from rich.text import Text
 
     console = _console()
-    table = Table("policy", "value", "95 % interval", "effective rows", title="What each policy would have earned")
+    truth = summary.get("simulated_truth")
+    title = "What each policy would have earned" + ("" if truth is None else " (simulated data)")
+    table = Table("policy", "value", "95 % interval", "effective rows", title=title)
+    if truth is not None:
+        table.add_column("true value")
     for policy in Policy:
-        table.add_row(policy.value.replace("_", " "), *_value_cells(summary["policy_value"][policy]))
-    console.print(table)
+        true = [] if truth is None else [f"{truth[policy]:.4f}" if policy in truth else ""]
+        table.add_row(policy.value.replace("_", " "), *_value_cells(summary, policy), *true)
+    why = no_values(summary)
+    console.print(table if why is None else Text(why))
+    if truth is not None:
+        said = (
+            "Simulated data: nothing here is about real users. True values are those of fresh users of the simulated"
+            " world: best single is the truly best variant there, personalised what the model picks for them. An oracle"
+            f" that knows every preference would earn {truth['oracle']:.4f}."
+        )
+        console.print(Text(said))
     gain = summary["personalisation_gain"]
     if gain is not None:
         over = gain["over"].replace("_", " ")
@@ -246,9 +303,10 @@ def _print_summary(summary: Mapping[str, Any], out: Path, *, as_json: bool) -> N
     console.print(Text(f"Report: {out / 'report.html'}"), soft_wrap=True)
 
 
-def _value_cells(value: Mapping[str, Any] | None) -> tuple[str, str, str]:
+def _value_cells(summary: Mapping[str, Any], policy: Policy) -> tuple[str, str, str]:
+    value = summary["policy_value"][policy]
     if value is None:
-        return "unknown", "no such columns, or too little data", ""
+        return "unknown", why_unknown(summary, policy), ""
     return f"{value['value']:.4f}", f"[{value['ci_low']:.4f}, {value['ci_high']:.4f}]", f"{value['ess']:,.0f}"
 
 
@@ -259,14 +317,3 @@ def _auc_line(model: Mapping[str, Any] | None) -> str:
     known = {name: auc for name, auc in model["baseline_auc"].items() if auc is not None}
     beside = ", ".join(f"{name.replace('_', ' ')} {auc:.3f}" for name, auc in known.items())
     return f"AUC on held-out units: {model['auc']:.3f}" + (f" ({beside})" if beside else "")
-
-
-def _print_json(value: Mapping[str, Any]) -> None:
-    # NaN is not JSON; unknown is null, and a summary that says NaN is a bug to be seen.
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False)

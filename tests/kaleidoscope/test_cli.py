@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from kaleidoscope import cli
 from kaleidoscope.advice import verdict_sentence
 from kaleidoscope.errors import InputError, JobError, LogError
 from kaleidoscope.progress import Progress
-from kaleidoscope.vocabulary import Verdict
+from kaleidoscope.vocabulary import Policy, Verdict
 
 HEAVY = ["duckdb", "feast", "interpret", "lightgbm", "matplotlib", "mlflow", "numpy", "pandas", "pyarrow", "scipy"]
 HEAVY += ["jinja2", "sklearn", "torch"]
@@ -163,13 +164,44 @@ def test_people_get_values_verdict_auc_warnings_and_the_reports_path(run: Run, f
     ran = run("learn", *files)
     assert ran.code == 0
     assert "0.0312" in ran.out and "[0.0304, 0.0320]" in ran.out and "12,345" in ran.out
-    assert "or too little data" in ran.out
+    assert "too little data" in ran.out
     assert "Gain of personalising over best single: +0.0100 [+0.0060, +0.0140], permutation p = 0.01" in ran.out
     assert verdict_sentence(SUMMARY) in ran.out
     assert "AUC on held-out units: 0.761 (user only 0.580, variant only 0.730, main effects 0.750)" in ran.out
     assert "warning (duplicated_rows): 74 rows are there twice" in ran.out
     assert "1,000 rows" not in ran.out
     assert f"Report: {Path(files[-1]) / 'report.html'}" in ran.out
+
+
+def test_a_policy_without_a_value_says_why(run: Run, job: Job, files: list[str]) -> None:
+    checks = [{"code": "no_context", "level": "info", "message": "the schema names no `context` columns"}]
+    job.result = {**SUMMARY, "checks": checks}
+    assert "no context columns" in run("learn", *files).out
+
+
+def test_a_log_that_supports_no_claim_gets_the_reason_instead_of_numbers(
+    run: Run, job: Job, files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    checks = [{"code": "exposure_depends_on_user", "level": "error", "message": "What was shown depended on the user."}]
+    job.result = {
+        **SUMMARY, "checks": checks, "policy_value": dict.fromkeys(Policy), "personalisation_gain": None,
+        "verdict": "inconclusive",
+    }  # fmt: skip
+    ran = run("learn", *files)
+    assert "No value is given for any way of choosing: which variant was shown depended on the user" in ran.out
+    assert "95 % interval" not in ran.out and "Gain" not in ran.out and "effective rows" not in ran.out
+
+
+def test_a_simulated_log_shows_the_truth_beside_the_estimate_and_says_simulated(
+    run: Run, job: Job, tmp_path: Path
+) -> None:
+    truth = {"uniform": 0.0301, "best_single": 0.0402, "personalised": 0.0503, "oracle": 0.0604}
+    job.result = {**SUMMARY, "simulated_truth": truth}
+    out = " ".join(run("demo", "--out", str(tmp_path)).out.split())
+    assert "What each policy would have earned (simulated data)" in out and "true value" in out
+    assert "Simulated data: nothing here is about real users." in out
+    assert all(f"{value:.4f}" in out for value in truth.values())
 
 
 @pytest.mark.parametrize("verdict", list(Verdict))
@@ -221,7 +253,7 @@ def test_an_error_has_one_shape(
 
     ran = run("learn", *files)
     assert ran.code == exit_code
-    assert ran.err.strip() == f"Error ({code}): {error}"
+    assert ran.err.splitlines()[-1] == f"Error ({code}): {error}"
     assert "Traceback" not in ran.err
 
 
@@ -281,11 +313,19 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_shows_on_a_terminal_only_and_never_with_json(
+def test_a_pipe_gets_a_plain_line_per_stage(run: Run, job: Job, files: list[str]) -> None:
+    ran = run("learn", *files)
+    assert re.fullmatch(r"training \.\.\. \d+\.\d s\n", ran.err)
+    assert "training" not in ran.out
+    job.result = JobError("out of memory")
+    assert re.match(r"training \.\.\. stopped after \d+\.\d s\nError", run("learn", *files).err)
+    ran = run("learn", *files, "--json")
+    assert "training" not in ran.out + ran.err
+
+
+def test_progress_bars_show_on_a_terminal_and_never_with_json(
     run: Run, files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run("learn", *files).err == ""
-
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     run("learn", *files)
