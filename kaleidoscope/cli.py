@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
+ABOUT = "Personalised UI: combine tellings of a product, learn who prefers which, serve and prove it."
+
 app = typer.Typer(
     name="kaleidoscope",
-    help="Personalised UI: learn from an impression log who prefers which telling, and whether it is worth it.",
+    help=ABOUT,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -62,13 +64,13 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help=ABOUT)
 def _root(
     show_version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Personalised UI: learn from an impression log who prefers which telling, and whether it is worth it."""
+    """What `kaleidoscope` itself takes; its help is ABOUT."""
 
 
 @app.command()
@@ -117,6 +119,28 @@ def demo(
 
         summary = run_demo(out, rows=rows, seed=settings.seed if seed is None else seed, progress=progress)
     _print_summary(summary, out, as_json=as_json)
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option("--host", help="Address to answer at; 0.0.0.0 for every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65_535, help="Port to answer at.")] = 8000,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer the REST API at /api/v1, until it is stopped with Ctrl-C."""
+    import uvicorn
+
+    from kaleidoscope.serving.app import create_app
+    from kaleidoscope.settings import load_settings
+
+    application, url = create_app(load_settings()), f"http://{host}:{port}"
+    if as_json:
+        _print_json({"url": url})
+        sys.stdout.flush()
+    log = uvicorn.config.LOGGING_CONFIG
+    log["handlers"]["access"]["stream"] = "ext://sys.stderr"
+    # Open requests are finished before it ends.
+    uvicorn.run(application, host=host, port=port, log_config=log, timeout_graceful_shutdown=10, server_header=False)
 
 
 mount(app)

@@ -12,13 +12,12 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import connected_components
-from scipy.stats import norm
 
 from kaleidoscope.combiner import (
     VARIANT_ID,
@@ -665,8 +664,8 @@ def exposures_needed(
     rates = np.full(shares.shape[1], click_rate)
     rates[0] *= 1 + minimum_effect
     pooled = shares @ rates
-    null = norm.ppf(1 - alpha / 2) * np.sqrt(pooled * (1 - pooled) * (1 / shares).sum(axis=1))
-    alternative = norm.ppf(power) * np.sqrt((rates * (1 - rates) / shares).sum(axis=1))
+    null = NormalDist().inv_cdf(1 - alpha / 2) * np.sqrt(pooled * (1 - pooled) * (1 / shares).sum(axis=1))
+    alternative = NormalDist().inv_cdf(power) * np.sqrt((rates * (1 - rates) / shares).sum(axis=1))
     return np.asarray(((null + alternative) / (click_rate * minimum_effect)) ** 2)
 
 
@@ -732,6 +731,8 @@ def _aliased(members: _Members) -> list[Ints]:
     opposite = (members.together == 0) & (each[:, None] + each[None, :] == members.variants)
     opposite &= members.group[:, None] != members.group[None, :]
     linked = (same | opposite) & varies[:, None] & varies[None, :]
+    from scipy.sparse.csgraph import connected_components  # a third of a second, needed here alone
+
     n_sets, label = connected_components(linked, directed=False)
     sets = [np.flatnonzero(label == n) for n in np.flatnonzero(np.bincount(label, minlength=n_sets) > 1)]
     return sets

@@ -513,7 +513,8 @@ def describe(entry: LedgerEntry) -> str:
         case Action.START | Action.ADVANCE:
             verb = "started" if entry.action == Action.START else "advanced"
             full = entry.candidate is None
-            return f"{entry.actor} {verb} release {entry.release} to {_percent(1.0 if full else entry.share)}{why}"
+            at = "to" if entry.action == Action.ADVANCE else "at"
+            return f"{entry.actor} {verb} release {entry.release} {at} {_percent(1.0 if full else entry.share)}{why}"
         case Action.PAUSE | Action.RESUME:
             return f"{entry.actor} {entry.action}d release {entry.release} at {_percent(entry.share)}{why}"
 

@@ -20,7 +20,6 @@ from sqlalchemy import select
 from kaleidoscope.businesses import get_business, placeholders_of
 from kaleidoscope.combiner import Constraint, Forbidden, MaterialTerm, Option, Slot, Space, parse
 from kaleidoscope.content import explain, parse_content
-from kaleidoscope.coverage import Traffic, traffic
 from kaleidoscope.database import (
     PAGE,
     Page,
@@ -201,6 +200,7 @@ class SceneSpace:
 
     spec: SceneSpec
     space: Space
+    ruled_out: tuple[CombinationFailure, ...]  # by hard checks
     remarks: tuple[CombinationFailure, ...]  # of soft checks
 
     def remarks_on(self, materials: Mapping[str, str]) -> list[str]:
@@ -239,7 +239,7 @@ def space_of(session: Session, scene: Scene) -> SceneSpace:
         for f in hard
         if len(f.options) != 2
     )
-    return SceneSpace(spec, Space(slots, constraints, _forbidden(slots, hard)), soft)
+    return SceneSpace(spec, Space(slots, constraints, _forbidden(slots, hard)), tuple(hard), soft)
 
 
 def _forbidden(slots: Sequence[Slot], failures: Sequence[CombinationFailure]) -> tuple[Forbidden, ...]:
@@ -253,21 +253,6 @@ def _forbidden(slots: Sequence[Slot], failures: Sequence[CombinationFailure]) ->
             table = tables.setdefault((failure.check, first, second), np.zeros(shape, np.bool_))
             table[at[first][a], at[second][b]] = True
     return tuple(Forbidden(a, b, table, f"hard check {check}") for (check, a, b), table in tables.items())
-
-
-def plan_traffic(scene_space: SceneSpace, combinations: Sequence[Mapping[str, str]]) -> Traffic | None:
-    """What the scene's traffic can learn from these combinations; None where the spec names no traffic."""
-    plan = scene_space.spec.traffic
-    if plan is None:
-        return None
-    return traffic(
-        scene_space.space,
-        combinations,
-        exposures_per_day=plan.exposures_per_day,
-        random_share=plan.random_share,
-        click_rate=plan.click_rate,
-        minimum_effect=plan.minimum_effect,
-    )
 
 
 def materials_by_id(session: Session, ids: set[str]) -> dict[str, Material]:

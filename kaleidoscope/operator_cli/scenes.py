@@ -34,8 +34,6 @@ from kaleidoscope.terminal import fields, table
 from kaleidoscope.vocabulary import ReviewState
 
 if TYPE_CHECKING:
-    from kaleidoscope.combiner import Space
-    from kaleidoscope.database import Session
     from kaleidoscope.review import VariantFilter
 
 scene_group = typer.Typer(
@@ -154,32 +152,23 @@ def scene_count(work: Work, scene: Scene) -> Output:
     space = found.space
     legal, combinations = count(space), math.prod(space.sizes)
     findings = diagnose(space)
-    hard, soft = _ruled_out(space), found.remarks
+    hard, soft = ([f.message for f in failures] for failures in (found.ruled_out, found.remarks))
     value = {
         "combinations": combinations,
         "legal": legal,
         "findings": findings,
         "checks": found.spec.checks,
         "ruled_out": hard,
-        "remarks": [f.message for f in soft],
+        "remarks": soft,
     }
     sizes = " × ".join(f"{size} {slot.name}" for slot, size in zip(space.slots, space.sizes, strict=True))
     return Output(
         value,
         f"{legal:,} of {combinations:,} combinations ({sizes}) are legal.",
         *(f"{f.level} ({f.code}): {f.message}" for f in findings),
-        *headed(f"Hard checks rule out {len(hard):,} pairs of materials", hard),
-        *headed(f"Soft checks make {len(soft):,} remarks", [f.message for f in soft]),
+        *headed(f"Hard checks rule out {len(hard):,} sets of materials", hard),
+        *headed(f"Soft checks make {len(soft):,} remarks", soft),
     )
-
-
-def _ruled_out(space: Space) -> list[str]:
-    options = {slot.name: [option.id for option in slot.options] for slot in space.slots}
-    return [
-        f"{pairs.name}: {pairs.first} {options[pairs.first][i]} with {pairs.second} {options[pairs.second][j]}"
-        for pairs in space.forbidden
-        for i, j in zip(*pairs.table.nonzero(), strict=True)
-    ]
 
 
 @command(scene_group, "plan")
@@ -193,16 +182,11 @@ def scene_plan(
     """Estimate how long the scene's traffic takes to tell tags and materials apart, to choose a cap by."""
     from dataclasses import asdict
 
-    from kaleidoscope.coverage import cover
-    from kaleidoscope.scenes import get_scene, plan_traffic, space_of
+    from kaleidoscope.review import plan_learning
+    from kaleidoscope.scenes import get_scene, spec_of
 
-    found = space_of(work.session, get_scene(work.session, scene))
-    combinations = _made(work.session, scene, found.space) if cap is None else cover(found.space, cap).combinations
-    if not combinations:
-        raise InputError(f"scene {scene!r} has no variants. Make them, or plan for a number of them with --cap.")
-    plan = plan_traffic(found, combinations)
-    if plan is None or found.spec.traffic is None:
-        raise InputError(f"scene {scene!r} does not say what traffic it has. Give it `traffic` (docs/cli.md).")
+    traffic = spec_of(get_scene(work.session, scene)).traffic
+    plan = plan_learning(work.session, scene, cap=cap)
     rows = [
         (
             words(kind.kind),
@@ -220,29 +204,14 @@ def scene_plan(
         "kinds": [{**asdict(kind), "never": kind.never} for kind in plan.kinds],
         "aliased": plan.aliased,
     }
-    effect = found.spec.traffic.minimum_effect
+    effect = "" if traffic is None else f" of {traffic.minimum_effect:.0%}"
     return Output(
         value,
         f"{plan.variants:,} variants share {plan.random_exposures_per_day:,.0f} random exposures a day."
-        f" To find effects of {effect:.0%} on clicks (power 80 %):",
+        f" To find effects{effect} on clicks (power 80 %):",
         table(("effect of a", "effects", "learnable", "half of them", "all of them", "the last"), rows),
         *headed("Never apart, so nobody can say which of them it was", [" and ".join(group) for group in plan.aliased]),
     )
-
-
-def _made(session: Session, scene: str, space: Space) -> list[dict[str, str]]:
-    """The variants in use, as combinations of materials in use."""
-    from kaleidoscope.review import VariantFilter, find_variants
-
-    options = {slot.name: {option.id for option in slot.options} for slot in space.slots}
-    states = (ReviewState.DRAFT, ReviewState.IN_REVIEW, ReviewState.APPROVED)
-    found, cursor = [], None
-    while True:
-        page = find_variants(session, scene, VariantFilter(states=states), cursor=cursor, limit=500)
-        found += [v.materials for v in page.items if all(v.materials.get(s) in ids for s, ids in options.items())]
-        cursor = page.next_cursor
-        if cursor is None:
-            return found
 
 
 def _days(days: float) -> str:

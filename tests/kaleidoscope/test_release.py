@@ -682,7 +682,7 @@ def test_entries_read_as_sentences(sqlite: Database) -> None:
     drafted(sqlite)
     told = [describe(do(sqlite, MOVES[name])) for name in ("start", "advance", "pause", "resume")]
     assert told == [
-        "pat started release 1 to 1 %",
+        "pat started release 1 at 1 %",
         "pat advanced release 1 to 5 %",
         "pat paused release 1 at 5 %: why",
         "pat resumed release 1 at 5 %",
