@@ -43,7 +43,8 @@ def get_business(session: Session, *, lock: bool = False) -> Business:
     business = session.get(Business, session.business, with_for_update=True if lock else None, populate_existing=lock)
     if business is None:
         raise NotFoundError(
-            f"There is no business {session.business!r}. Make it: `kaleidoscope business create {session.business} --name NAME`."
+            f"There is no business {session.business!r}. Make it:"
+            f" `kaleidoscope business create {session.business} --name NAME`."
         )
     return business
 
