@@ -1,29 +1,14 @@
-"""Who is calling, in which business, and what they may do: callers, roles and API tokens.
+"""Who is calling, in which business, and what they may do. How a token says who it is, is tokens.py.
 
 Services ask `session.caller.require(…)`, so that the command line, the REST API and the console obey one rule.
 """
 
 from __future__ import annotations
 
-import hashlib
-import secrets
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
 
-from sqlalchemy import select
-
-from kaleidoscope.errors import ForbiddenError, InputError, NotFoundError, UnauthenticatedError
-from kaleidoscope.tables import ApiToken, now
+from kaleidoscope.errors import ForbiddenError, NotFoundError
 from kaleidoscope.vocabulary import Role
-
-if TYPE_CHECKING:
-    from kaleidoscope.database import Session
-
-PREFIX = "kld_"
-TOKEN_DAYS = 90
-MAX_TOKEN_DAYS = 3650
-MAX_USER = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -61,73 +46,3 @@ class Caller:
 def operator(user: str, business: str | None) -> Caller:
     """Whoever runs commands beside the database: they could change it by hand, and so may do everything."""
     return Caller(user, business, frozenset({Role.ADMIN}), None, installation=True)
-
-
-# ── tokens ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def create_token(
-    session: Session, user: str, roles: frozenset[Role], *, days: float = TOKEN_DAYS, installation: bool = False
-) -> tuple[ApiToken, str]:
-    """A new token of the session's business, and its text, which is never shown again.
-
-    Raises InputError for an empty user, no role, or a life that is not between 0 and ten years.
-    """
-    caller = session.caller
-    if installation:
-        caller.require_installation()
-    caller.require(Role.ADMIN)
-    if not user.strip():
-        raise InputError("user: say whose token it is.")
-    if len(user.strip()) > MAX_USER:
-        raise InputError(f"user: {len(user.strip())} characters are too many for a name; at most {MAX_USER} are kept.")
-    if not roles:
-        raise InputError(f"roles: give at least one of {', '.join(Role)}.")
-    if not 0 < days <= MAX_TOKEN_DAYS:
-        raise InputError(f"days: {days:g} is not between 0 and {MAX_TOKEN_DAYS}.")
-    secret = PREFIX + secrets.token_urlsafe(32)
-    token = ApiToken(
-        id=secrets.token_hex(8),
-        business_id=None if installation else session.business,
-        user=user.strip(),
-        token_hash=_hash(secret),
-        roles=sorted(roles),
-        expires_at=now() + timedelta(days=days),
-    )
-    session.add(token)
-    session.flush()
-    return token, secret
-
-
-def authenticate(session: Session, secret: str) -> Caller:
-    """Whose token this is; raises UnauthenticatedError for one that is unknown, expired or revoked."""
-    # 256 random bits need no slow hash: there is nothing to guess.
-    token = session.scalar(select(ApiToken).where(ApiToken.token_hash == _hash(secret)))
-    if token is None or token.revoked_at is not None:
-        raise UnauthenticatedError("This token is unknown or was revoked. Ask an admin for a new one.")
-    if token.expires_at is not None and token.expires_at <= datetime.now(UTC):
-        raise UnauthenticatedError("This token has expired. Ask an admin for a new one.")
-    roles = frozenset(Role(role) for role in token.roles)
-    return Caller(token.user, token.business_id, roles, token.id, installation=token.business_id is None)
-
-
-def list_tokens(session: Session) -> list[ApiToken]:
-    """The tokens of the session's business (of the installation, without one), newest first."""
-    session.caller.require(Role.ADMIN)
-    mine = ApiToken.business_id == session.caller.business
-    return list(session.scalars(select(ApiToken).where(mine).order_by(ApiToken.created_at.desc(), ApiToken.id)))
-
-
-def revoke_token(session: Session, token_id: str) -> ApiToken:
-    """End a token of the session's business now; ending it twice changes nothing."""
-    session.caller.require(Role.ADMIN)
-    token = session.get(ApiToken, token_id)
-    if token is None or token.business_id != session.caller.business:
-        raise NotFoundError(f"There is no token {token_id!r} in this business.")
-    token.revoked_at = token.revoked_at or now()
-    session.flush()
-    return token
-
-
-def _hash(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()

@@ -170,8 +170,8 @@ def token_create(
     installation: Installation = False,
 ) -> Output:
     """Make an API token. Its secret is shown this once."""
-    from kaleidoscope.access import create_token
     from kaleidoscope.businesses import get_business
+    from kaleidoscope.tokens import create_token
     from kaleidoscope.views import TokenView
 
     if not installation:
@@ -188,7 +188,7 @@ def token_create(
 @command(token_group, "list")
 def token_list(work: Work, installation: Installation = False) -> Output:
     """List the tokens of the business, newest first, without their secrets."""
-    from kaleidoscope.access import list_tokens
+    from kaleidoscope.tokens import list_tokens
     from kaleidoscope.views import TokenView
 
     views = [TokenView.of(row) for row in list_tokens(work.session)]
@@ -210,7 +210,7 @@ def token_revoke(
     work: Work, token: Annotated[str, typer.Argument(metavar="ID")], installation: Installation = False
 ) -> Output:
     """End a token now."""
-    from kaleidoscope.access import revoke_token
+    from kaleidoscope.tokens import revoke_token
     from kaleidoscope.views import TokenView
 
     view = TokenView.of(revoke_token(work.session, token))

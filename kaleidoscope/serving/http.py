@@ -21,7 +21,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kaleidoscope.access import Caller, authenticate
+from kaleidoscope.access import Caller
 from kaleidoscope.database import Database, Session
 from kaleidoscope.errors import (
     ConflictError,
@@ -32,6 +32,7 @@ from kaleidoscope.errors import (
     UnavailableError,
 )
 from kaleidoscope.tables import IdempotencyKey
+from kaleidoscope.tokens import authenticate
 
 MAX_BODY = 64 * 1024 * 1024  # bytes; a bulk import with its images
 MAX_JSON = 4 * 1024 * 1024

@@ -15,7 +15,7 @@ from fastapi import Path as InPath
 from fastapi.responses import FileResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from kaleidoscope import access, businesses, combiner, interventions, materials, release, review, scenes, taxonomy
+from kaleidoscope import businesses, combiner, interventions, materials, release, review, scenes, taxonomy, tokens
 from kaleidoscope.content import Content, Image, Placeholder, Tag
 from kaleidoscope.database import MAX_PAGE, PAGE
 from kaleidoscope.errors import InputError, NotFoundError
@@ -136,7 +136,7 @@ class NewToken(Request_):
 
     user: Line
     roles: Annotated[list[Role], Field(min_length=1, max_length=10)]
-    days: Annotated[float, Field(gt=0, le=access.MAX_TOKEN_DAYS)] = access.TOKEN_DAYS
+    days: Annotated[float, Field(gt=0, le=tokens.MAX_TOKEN_DAYS)] = tokens.TOKEN_DAYS
 
 
 class NewTokenView(BaseModel):
@@ -150,14 +150,14 @@ class NewTokenView(BaseModel):
 def list_tokens(call: Caught) -> list[TokenView]:
     """The API tokens of the business, without their secrets."""
     with call.read() as session:
-        return [TokenView.of(token) for token in access.list_tokens(session)]
+        return [TokenView.of(token) for token in tokens.list_tokens(session)]
 
 
 @router.post(f"{IN}/tokens", tags=["tokens"], status_code=201)
 def create_token(call: Caught, body: NewToken) -> NewTokenView:
     """Make a token. It takes no Idempotency-Key: the secret is kept nowhere, so it could not be answered again."""
     with call.write() as session:
-        token, secret = access.create_token(session, body.user, frozenset(body.roles), days=body.days)
+        token, secret = tokens.create_token(session, body.user, frozenset(body.roles), days=body.days)
         return NewTokenView(token=TokenView.of(token), secret=secret)
 
 
@@ -165,7 +165,7 @@ def create_token(call: Caught, body: NewToken) -> NewTokenView:
 def revoke_token(call: Caught, token: str) -> TokenView:
     """End a token now."""
     with call.write() as session:
-        return TokenView.of(access.revoke_token(session, token))
+        return TokenView.of(tokens.revoke_token(session, token))
 
 
 # ── taxonomy ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,17 +7,11 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
-from kaleidoscope.access import (
-    Caller,
-    authenticate,
-    create_token,
-    list_tokens,
-    operator,
-    revoke_token,
-)
+from kaleidoscope.access import Caller, operator
 from kaleidoscope.database import Database
 from kaleidoscope.errors import ForbiddenError, InputError, NotFoundError, UnauthenticatedError
 from kaleidoscope.tables import ApiToken, now
+from kaleidoscope.tokens import authenticate, create_token, list_tokens, revoke_token
 from kaleidoscope.vocabulary import Role
 from tests.kaleidoscope.people import person
 

@@ -9,10 +9,11 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from kaleidoscope.access import create_token, operator
+from kaleidoscope.access import operator
 from kaleidoscope.database import Database
 from kaleidoscope.serving.app import create_app
 from kaleidoscope.settings import Settings
+from kaleidoscope.tokens import create_token
 from kaleidoscope.vocabulary import Role
 
 Client = Callable[..., TestClient]

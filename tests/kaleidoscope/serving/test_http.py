@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
-from kaleidoscope.access import list_tokens, operator, revoke_token
+from kaleidoscope.access import operator
 from kaleidoscope.database import Database
 from kaleidoscope.serving import http
+from kaleidoscope.tokens import list_tokens, revoke_token
 from kaleidoscope.vocabulary import Role
 from tests.kaleidoscope.serving.conftest import Client
 from tests.kaleidoscope.stock import stocked

@@ -21,8 +21,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from kaleidoscope.access import create_token, operator
+from kaleidoscope.access import operator
 from kaleidoscope.database import Database
+from kaleidoscope.tokens import create_token
 from kaleidoscope.vocabulary import Role
 from tests.kaleidoscope.serving.test_operate import BASELINE, ELSEWHERE, OPERATIONS, busy
 
