@@ -25,7 +25,7 @@ from kaleidoscope.database import PAGE, Page, Session, find, paginate
 from kaleidoscope.errors import ConflictError, ForbiddenError, InputError, JobError
 from kaleidoscope.interventions import DescribedVariant, Rule, describe_variants, segment_text, upcoming_rules
 from kaleidoscope.review import approval_holds
-from kaleidoscope.scenes import materials_by_id, spec_of
+from kaleidoscope.scenes import materials_by_id, possible, space_of, spec_of
 from kaleidoscope.tables import LedgerEntry, Release, Scene, Variant, now
 from kaleidoscope.taxonomy import current_taxonomy
 from kaleidoscope.vocabulary import Bucket, MaterialKind, ReleaseState, ReviewState, Role
@@ -230,6 +230,22 @@ def draft_release(session: Session, scene_id: str, plan: ReleasePlan, note: str 
             f"The baseline of scene {scene_id!r} ({named}) is not among its {len(approved)} approved variants."
             f" {_missing(rows, holding)} Or choose another baseline."
         )
+    allowed = possible(space_of(session, scene).space, [row.materials for row in approved])
+    if not all(allowed):
+        raise ConflictError(
+            f"{allowed.count(False)} of the {len(approved)} approved variants of scene {scene_id!r} are not possible as"
+            " the scene is now: its slots, constraints or checks have changed. Make the variants again."
+        )
+    rules = upcoming_rules(session, scene_id)
+    taxonomy_number, taxonomy = current_taxonomy(session)
+    there = set(taxonomy.tags)
+    for rule in rules:
+        tag = rule.target.dimension_and_value
+        if tag is not None and tag not in there:
+            raise ConflictError(
+                f"Intervention {rule.id!r} is about tag {'='.join(tag)}, which the taxonomy has no longer: it would do"
+                " nothing. Change what it is about, or end it."
+            )
     materials = materials_by_id(session, {m for row in approved for m in row.materials.values()})
     content = ReleaseContent(
         **plan.model_dump(),
@@ -239,14 +255,14 @@ def draft_release(session: Session, scene_id: str, plan: ReleasePlan, note: str 
             product=spec.product,
             slots=tuple(SlotSnapshot(name=slot.name, kind=slot.kind) for slot in spec.slots),
         ),
-        taxonomy=current_taxonomy(session)[0],
+        taxonomy=taxonomy_number,
         variants=tuple(describe_variants(session, approved)),
         materials={
             id: MaterialSnapshot(kind=MaterialKind(m.kind), content=m.content, content_hash=m.content_hash)
             for id, m in materials.items()
         },
         baseline=baseline,
-        interventions=tuple(upcoming_rules(session, scene_id)),
+        interventions=tuple(rules),
     )
     document = content.model_dump(mode="json")
     last = session.scalar(select(func.max(Release.number)).where(Release.scene_id == scene_id))

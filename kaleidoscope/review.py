@@ -33,7 +33,7 @@ from kaleidoscope.combiner import (
 from kaleidoscope.coverage import Cover, Traffic, cover, traffic
 from kaleidoscope.database import PAGE, Page, Session, find, paginate
 from kaleidoscope.errors import InputError, NotFoundError
-from kaleidoscope.scenes import USABLE, SceneSpace, materials_by_id, options_of, space_of, spec_of
+from kaleidoscope.scenes import USABLE, SceneSpace, materials_by_id, options_of, possible, space_of, spec_of
 from kaleidoscope.tables import Material, Reviewed, Scene, Variant, VariantMaterial, now
 from kaleidoscope.vocabulary import Level, ReviewState, Role
 
@@ -195,12 +195,8 @@ def plan_learning(session: Session, scene_id: str, *, cap: int | None = None) ->
     if cap is not None:
         combinations: Any = cover(space, cap).variants
     else:
-        at = {slot.name: positions for slot, positions in zip(space.slots, space.positions, strict=True)}
-        combinations = [
-            v.materials
-            for v in _variants(session, scene_id).values()
-            if v.state in USABLE and set(v.materials) == set(at) and all(m in at[s] for s, m in v.materials.items())
-        ]
+        usable = [v.materials for v in _variants(session, scene_id).values() if v.state in USABLE]
+        combinations = [m for m, fits in zip(usable, possible(space, usable), strict=True) if fits]
         if not combinations:
             raise InputError(f"scene {scene_id!r} has no variants. Make them, or plan for a number of them: `cap`.")
     return traffic(

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from sqlalchemy import select
 
 from kaleidoscope.businesses import get_business, placeholders_of
-from kaleidoscope.combiner import Constraint, Forbidden, MaterialTerm, Option, Slot, Space, parse
+from kaleidoscope.combiner import Constraint, Forbidden, MaterialTerm, Option, Slot, Space, is_legal, parse
 from kaleidoscope.content import explain, parse_content
 from kaleidoscope.database import (
     PAGE,
@@ -177,9 +177,10 @@ def _check(session: Session, spec: SceneSpec) -> None:
 
 def _constraint_problems(session: Session, spec: SceneSpec, materials: Mapping[str, Material]) -> list[str]:
     slots, problems = _slots(session, spec, materials), []
+    vocabulary = {d.id: [v.id for v in d.values] for d in current_taxonomy(session)[1].dimensions}
     for text in spec.constraints:
         try:
-            parse(text, slots)
+            parse(text, slots, vocabulary)
         except InputError as error:
             problems.append(f"constraints: {error}")
     problems += [f"constraints: {text!r} is there twice. Give it once." for text in _twice(spec.constraints)]
@@ -221,11 +222,16 @@ class SceneSpace:
 def space_of(session: Session, scene: Scene) -> SceneSpace:
     """What the scene's materials combine to, without those that were rejected or retired.
 
-    Tags are read under the business's current taxonomy.
+    Tags are read under the business's current taxonomy. Raises InputError where a constraint names a tag that it has no
+    longer.
     """
     spec = spec_of(scene)
-    materials = materials_by_id(session, {m for slot in spec.slots for m in slot.materials})
-    materials = {id: m for id, m in materials.items() if m.state in USABLE}
+    every = materials_by_id(session, {m for slot in spec.slots for m in slot.materials})
+    stale = _constraint_problems(session, spec, every)
+    if stale:
+        # Never ignored: a rule that names a tag of an older vocabulary would forbid nothing.
+        raise InputError("\n".join(f"scene {scene.id!r}: {problem}" for problem in stale))
+    materials = {id: m for id, m in every.items() if m.state in USABLE}
     contents = {id: parse_content(m.content) for id, m in materials.items()}
     slots = _slots(session, spec, materials)
     by_slot = {slot.name: [(o.id, contents[o.id]) for o in slot.options] for slot in slots}
@@ -289,6 +295,15 @@ def options_of(session: Session, materials: Iterable[Material]) -> dict[str, Opt
                 tags.setdefault(tag[0], set()).add(tag[1])
         options[material.id] = Option(material.id, {d: tuple(sorted(values)) for d, values in tags.items()})
     return options
+
+
+def possible(space: Space, combinations: Sequence[Mapping[str, str]]) -> list[bool]:
+    """Which combinations (slot → material) the space allows; not those with other slots or materials."""
+    at = {slot.name: positions for slot, positions in zip(space.slots, space.positions, strict=True)}
+    found = [set(c) == set(at) and all(m in at[slot] for slot, m in c.items()) for c in combinations]
+    rows = [[at[slot][c[slot]] for slot in at] for c, fits in zip(combinations, found, strict=True) if fits]
+    legal = iter(is_legal(space, np.array(rows, np.int64).reshape(-1, len(at))).tolist())
+    return [fits and next(legal) for fits in found]
 
 
 # ── as code ─────────────────────────────────────────────────────────────────────────────────────────────────────────

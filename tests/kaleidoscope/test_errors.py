@@ -7,7 +7,7 @@ import re
 import pytest
 
 from kaleidoscope import errors
-from kaleidoscope.errors import InputError, JobError, KaleidoscopeError
+from kaleidoscope.errors import AccessError, ConflictError, InputError, JobError, KaleidoscopeError, NotFoundError
 
 TREE = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, KaleidoscopeError)]
 
@@ -15,6 +15,8 @@ TREE = [value for value in vars(errors).values() if isinstance(value, type) and 
 @pytest.mark.parametrize("error", TREE)
 def test_an_error_renders_in_the_one_shape(error: type[KaleidoscopeError]) -> None:
     assert error("what, where, remedy").as_dict() == {"error": {"code": error.code, "message": "what, where, remedy"}}
+    detailed = error("what", details={"yours": 1}).as_dict()["error"]
+    assert detailed == {"code": error.code, "message": "what", "details": {"yours": 1}}
     assert re.fullmatch("[a-z_]+", error.code)
 
 
@@ -24,7 +26,7 @@ def test_codes_are_unique() -> None:
 
 @pytest.mark.parametrize("error", TREE)
 def test_the_callers_fault_is_exit_2_and_ours_is_exit_1(error: type[KaleidoscopeError]) -> None:
-    theirs = issubclass(error, InputError)
+    theirs = issubclass(error, InputError | AccessError | NotFoundError | ConflictError)
     assert error.exit_code == (2 if theirs else 1)
     assert error.http_status // 100 == (4 if theirs else 5)
 

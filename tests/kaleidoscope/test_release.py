@@ -57,10 +57,12 @@ from kaleidoscope.release import (
     verify,
 )
 from kaleidoscope.review import VariantFilter, make_variants, move_materials, move_variants
+from kaleidoscope.scenes import change_scene
 from kaleidoscope.tables import AuditEntry, LedgerEntry, Material, Release, Scene, Variant, now
+from kaleidoscope.taxonomy import check_changes, evolve
 from kaleidoscope.vocabulary import InterventionKind, ReleaseState, Role
 from tests.kaleidoscope.people import person
-from tests.kaleidoscope.stock import stocked
+from tests.kaleidoscope.stock import spec, stocked
 
 HALF = Shares(control=0.5, random=0.5)
 PLAN = ReleasePlan(shares=HALF)
@@ -93,6 +95,30 @@ def drafted(database: Database, plan: ReleasePlan = PLAN, n: int = 1) -> None:
     approved_scene(database)
     for _ in range(n):
         do(database, lambda s: draft_release(s, SCENE, plan))
+
+
+def test_what_the_scene_has_come_to_forbid_is_not_released_though_it_was_approved(database: Database) -> None:
+    approved_scene(database)
+    with database.transaction(person("ann")) as session:
+        change_scene(session, SCENE, spec(constraints=["forbid copy:c1"]), version=None)
+    with pytest.raises(ConflictError, match=r"4 of the 16 approved variants .* Make the variants again"):
+        do(database, lambda s: draft_release(s, SCENE, PLAN))
+    with database.transaction(person("ann")) as session:
+        make_variants(session, SCENE)
+    assert len(do(database, lambda s: draft_release(s, SCENE, PLAN)).content["variants"]) == 12
+
+
+def test_a_rule_about_a_tag_that_is_gone_is_not_released_as_if_it_did_something(sqlite: Database) -> None:
+    approved_scene(sqlite)
+    rule = InterventionSpec(kind=InterventionKind.BLOCK, target=Target(tag={"subject": "gold"}))
+    with sqlite.transaction(person("ann")) as session:
+        add_intervention(session, SCENE, "no-gold", rule)
+        evolve(session, check_changes([{"op": "rename", "dimension": "subject", "value": "gold", "id": "bullion"}]))
+    with pytest.raises(ConflictError, match=r"'no-gold' is about tag subject=gold"):
+        do(sqlite, lambda s: draft_release(s, SCENE, PLAN))
+    with sqlite.transaction(person("ann")) as session:
+        end_intervention(session, SCENE, "no-gold")
+    assert do(sqlite, lambda s: draft_release(s, SCENE, PLAN)).content["interventions"] == []
 
 
 def fine() -> Health:

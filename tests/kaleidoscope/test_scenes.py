@@ -125,6 +125,22 @@ def test_constraints_read_tags_under_the_current_taxonomy(database: Database) ->
         assert count(space_of(session, scene).space) == 16
 
 
+def test_a_constraint_on_a_tag_that_is_gone_is_named_and_never_ignored(database: Database) -> None:
+    stocked(database)
+    with database.transaction(person("ann")) as session:
+        evolve(
+            session, check_changes([{"op": "rename", "dimension": "benefit", "value": "red_packet", "id": "hongbao"}])
+        )
+        with pytest.raises(InputError, match="scene 'welcome': constraints: .*red_packet"):
+            space_of(session, get_scene(session, "welcome"))
+
+
+def test_a_constraint_may_be_on_a_tag_that_no_material_has_yet(sqlite: Database) -> None:
+    stocked(sqlite, constraints=["forbid copy.benefit=lottery"])
+    with sqlite.transaction(person("ann")) as session:
+        assert count(space_of(session, get_scene(session, "welcome")).space) == 18
+
+
 def test_a_hard_check_forbids_and_a_soft_one_remarks(sqlite: Database) -> None:
     from kaleidoscope.content import Copy
     from kaleidoscope.materials import add_material

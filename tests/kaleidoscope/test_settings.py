@@ -18,7 +18,16 @@ def empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_defaults_need_no_environment() -> None:
-    assert load_settings().model_dump() == {"data_dir": None, "threads": None, "seed": 0, "debug": False}
+    assert load_settings().model_dump(mode="json") == {
+        "data_dir": None,
+        "threads": None,
+        "seed": 0,
+        "database_url": "sqlite:///kaleidoscope.db",
+        "files_dir": "kaleidoscope-files",
+        "business": None,
+        "user": None,
+        "debug": False,
+    }
 
 
 def test_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
