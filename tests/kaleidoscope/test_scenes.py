@@ -131,7 +131,7 @@ def test_a_constraint_on_a_tag_that_is_gone_is_named_and_never_ignored(database:
         evolve(
             session, check_changes([{"op": "rename", "dimension": "benefit", "value": "red_packet", "id": "hongbao"}])
         )
-        with pytest.raises(InputError, match="scene 'welcome': constraints: .*red_packet"):
+        with pytest.raises(InputError, match=r"scene 'welcome': constraints: .*red_packet"):
             space_of(session, get_scene(session, "welcome"))
 
 
