@@ -38,6 +38,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 bench: $(INSTALLED)
+	@$(BIN)/python benchmarks/combine.py
 	@$(BIN)/python benchmarks/learn.py $(ARGS)
 
 clean:
