@@ -35,6 +35,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(
         title="Kaleidoscope", version=version("kaleidoscope"), description=DESCRIPTION, lifespan=lifespan,
         separate_input_output_schemas=False,
+        docs_url=None, redoc_url=None,  # their pages load scripts from elsewhere
     )  # fmt: skip
     app.state.database, app.state.files = database, settings.files_dir
     app.add_middleware(LimitBody)
