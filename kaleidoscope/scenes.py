@@ -363,10 +363,11 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
             lines += [f"+ {key}: {item}" for item in new if item not in (old or ())]
             if sorted(map(str, old or ())) == sorted(map(str, new)):
                 lines.append(f"~ {key}: another order")
-        elif isinstance(new, dict) and isinstance(old, dict):
-            lines += [
-                f"~ {key}.{k}: {old.get(k)!r} → {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k)
-            ]
+        elif isinstance(new, dict):
+            was = old or {}
+            lines += [f"- {key}.{k}: {was[k]}" for k in was if k not in new]
+            lines += [f"+ {key}.{k}: {new[k]}" for k in new if k not in was]
+            lines += [f"~ {key}.{k}: {was[k]!r} → {new[k]!r}" for k in new if k in was and was[k] != new[k]]
         elif old is None:
             if new not in ("", {}, None) and not (key == "approve_automatically" and new is False):
                 lines.append(f"+ {key}: {new}")
