@@ -14,7 +14,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
@@ -376,6 +376,16 @@ def check_id(field: str, value: str) -> str:
             " letter or a digit."
         )
     return value
+
+
+def check_moment(field: str, value: datetime) -> datetime:
+    """The moment in UTC; raises InputError, naming the field, without a zone or beyond what a calendar holds."""
+    if value.tzinfo is None:
+        raise InputError(f"{field}: {value.isoformat()} has no time zone. Add one, such as +00:00.")
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise InputError(f"{field}: {value.isoformat()} is beyond the years 1 to 9999 in UTC.") from None
 
 
 def find(session: Session, kind: type[Row], *key: object, lock: bool = False) -> Row:

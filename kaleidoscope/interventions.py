@@ -17,7 +17,17 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from sqlalchemy import Select, or_, select
 
-from kaleidoscope.database import PAGE, Page, Session, check_id, check_version, find, paginate, refuse_existing
+from kaleidoscope.database import (
+    PAGE,
+    Page,
+    Session,
+    check_id,
+    check_moment,
+    check_version,
+    find,
+    paginate,
+    refuse_existing,
+)
 from kaleidoscope.errors import ConflictError, InputError
 from kaleidoscope.scenes import materials_by_id, options_of
 from kaleidoscope.tables import Intervention, Material, Scene, Variant, now
@@ -33,7 +43,16 @@ PIN, BLOCK = InterventionKind.PIN, InterventionKind.BLOCK
 
 Plain = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
 # Equal moments have one form, so that they hash alike in a release.
-Moment = Annotated[AwareDatetime, AfterValidator(lambda moment: moment.astimezone(UTC))]
+
+
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("it is beyond the years 1 to 9999 in UTC") from None
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 
 
 class _Model(BaseModel):
@@ -442,8 +461,7 @@ def list_interventions(
     find(session, Scene, scene_id)
     query: Select[Any] = select(Intervention).where(Intervention.scene_id == scene_id)
     if active_at is not None:
-        if active_at.tzinfo is None:
-            raise InputError(f"active_at: {active_at.isoformat()} has no time zone. Add one, such as +00:00.")
+        active_at = check_moment("active_at", active_at)
         query = query.where(
             Intervention.ended.is_(False),
             or_(Intervention.starts_at.is_(None), Intervention.starts_at <= active_at),

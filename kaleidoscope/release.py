@@ -16,14 +16,14 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import defer
 
 from kaleidoscope.businesses import get_business
-from kaleidoscope.database import PAGE, Page, Session, find, paginate
+from kaleidoscope.database import PAGE, Page, Session, check_moment, find, paginate
 from kaleidoscope.errors import ConflictError, ForbiddenError, InputError, JobError
-from kaleidoscope.interventions import DescribedVariant, Rule, describe_variants, segment_text, upcoming_rules
+from kaleidoscope.interventions import DescribedVariant, Moment, Rule, describe_variants, segment_text, upcoming_rules
 from kaleidoscope.review import approval_holds
 from kaleidoscope.scenes import materials_by_id, possible, space_of, spec_of
 from kaleidoscope.tables import LedgerEntry, Release, Scene, Variant, now
@@ -313,7 +313,7 @@ class Health(_Model):
 
     ok: bool
     checks: Annotated[tuple[HealthCheck, ...], Field(max_length=200)] = ()
-    observed_at: AwareDatetime
+    observed_at: Moment
 
     @classmethod
     def judge(cls, guardrails: Iterable[Guardrail], measured: Mapping[str, float | None], at: datetime) -> Health:
@@ -542,9 +542,7 @@ def live_at(session: Session, scene_id: str, at: datetime | None = None) -> Live
     """What is live now, or was at a moment; None: no release had been started. One query."""
     query: Select[Any] = select(LedgerEntry).where(LedgerEntry.scene_id == scene_id)
     if at is not None:
-        if at.tzinfo is None:
-            raise InputError(f"at: {at.isoformat()} has no time zone. Add one, such as +00:00.")
-        query = query.where(LedgerEntry.at <= at)
+        query = query.where(LedgerEntry.at <= check_moment("at", at))
     entry = session.scalar(query.order_by(LedgerEntry.seq.desc()).limit(1))
     if entry is None:
         return None

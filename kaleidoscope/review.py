@@ -34,10 +34,11 @@ from kaleidoscope.coverage import Cover, Traffic, cover, traffic
 from kaleidoscope.database import PAGE, Page, Session, find, paginate
 from kaleidoscope.errors import InputError, NotFoundError
 from kaleidoscope.scenes import USABLE, SceneSpace, materials_by_id, options_of, possible, space_of, spec_of
-from kaleidoscope.tables import Material, Reviewed, Scene, Variant, VariantMaterial, now
+from kaleidoscope.tables import AuditEntry, Material, Reviewed, Scene, Variant, VariantMaterial, now
 from kaleidoscope.vocabulary import Level, ReviewState, Role
 
 MAX_VARIANTS = 100_000  # of a scene that are stored and reviewed; more are capped
+OWN = "your own: somebody else has to review it"
 RULE = "rule: approved materials, no remarks"  # the reviewer of what is approved automatically
 
 DRAFT, IN_REVIEW, APPROVED = ReviewState.DRAFT, ReviewState.IN_REVIEW, ReviewState.APPROVED
@@ -375,6 +376,8 @@ def move_materials(session: Session, move: str, ids: Sequence[str], *, reason: s
     for id in dict.fromkeys(ids):
         material = find(session, Material, id, lock=True)
         why = _obstacle(material, step, session.caller.user)
+        if why is None and step.role == Role.REVIEWER and _had_a_hand_in(session, material, session.caller.user):
+            why = OWN
         if why:
             skipped[why] += 1
             continue
@@ -454,16 +457,26 @@ def _obstacle(row: Reviewed, step: Move, user: str) -> str | None:
         fitting = " or ".join(state.replace("_", " ") for state in ReviewState if state in step.come_from)
         return f"{row.state.replace('_', ' ')}, not {fitting}"
     if step.role == Role.REVIEWER and row.author == user:
-        return "your own: somebody else has to review it"
+        return OWN
     return None
+
+
+def _had_a_hand_in(session: Session, material: Material, user: str) -> bool:
+    """Whether the user wrote any of the material's content or tags since it was last approved, whoever came after."""
+    mine = AuditEntry.business_id == session.business, AuditEntry.entity == "materials", AuditEntry.key == material.id
+    for entry in session.scalars(select(AuditEntry).where(*mine).order_by(AuditEntry.seq.desc())):
+        after = entry.after or {}
+        if entry.action != "created" and after.get("state") == APPROVED:
+            return False
+        if entry.actor == user and (entry.action == "created" or not after.keys().isdisjoint({"content", "tags"})):
+            return True
+    return False
 
 
 def _step(session: Session, row: Reviewed, step: Move, reason: str | None) -> None:
     _set(row, step.to, reason.strip() if reason else None)
     if step.role == Role.REVIEWER:
         row.reviewer, row.reviewed_at = session.caller.user, now()
-    elif step.name == "restore":
-        row.author = session.caller.user
 
 
 def _set(row: Reviewed, state: ReviewState, reason: str | None) -> None:

@@ -177,6 +177,10 @@ def _check(session: Session, spec: SceneSpec) -> None:
 
 def _constraint_problems(session: Session, spec: SceneSpec, materials: Mapping[str, Material]) -> list[str]:
     slots, problems = _slots(session, spec, materials), []
+    try:
+        Space(slots)
+    except InputError as error:
+        problems.append(f"slots: {error}.")
     vocabulary = {d.id: [v.id for v in d.values] for d in current_taxonomy(session)[1].dimensions}
     for text in spec.constraints:
         try:

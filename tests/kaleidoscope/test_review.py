@@ -152,6 +152,29 @@ def test_steps_out_of_order_are_counted_and_not_taken(database: Database) -> Non
             move_materials(session, "publish", ["c1"])
 
 
+def test_nobody_approves_their_own_by_way_of_somebody_elses_hand(database: Database) -> None:
+    stocked(database)
+    own = {"your own: somebody else has to review it": 1}
+    with database.transaction(REX) as session:
+        change_material(session, "c1", content=Copy(title="Written by rex"), version=None)
+        move_materials(session, "retire", ["c1"])
+    with database.transaction(person("bob")) as session:
+        move_materials(session, "restore", ["c1"])
+        change_material(session, "c1", tags=[], version=None)
+        move_materials(session, "submit", ["c1"])
+    with database.transaction(REX) as session:
+        assert move_materials(session, "approve", ["c1"]).skipped == own
+    with database.transaction(person("bob")) as session:
+        assert move_materials(session, "approve", ["c1"]).skipped == own
+    with database.transaction(person("kim")) as session:
+        assert move_materials(session, "approve", ["c1"]).moved == 1
+    with database.transaction(person("bob")) as session:
+        change_material(session, "c1", content=Copy(title="Written by bob"), version=None)
+        move_materials(session, "submit", ["c1"])
+    with database.transaction(REX) as session:
+        assert move_materials(session, "approve", ["c1"]).moved == 1  # what rex wrote was approved by kim
+
+
 def test_a_rejection_needs_a_reason_and_can_be_submitted_again(database: Database) -> None:
     stocked(database)
     with database.transaction(REX) as session:

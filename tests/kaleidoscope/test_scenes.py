@@ -78,6 +78,7 @@ def test_of_two_editors_the_second_gets_both_versions(database: Database) -> Non
         ({"constraints": ["forbid copy.benefit=gold_bar"]}, "gold_bar"),
         ({"constraints": ["forbid coppy:c1"]}, "coppy"),
         ({"constraints": ["forbid copy:c1", "forbid copy:c1"]}, "there twice"),
+        ({"slots": [{"name": "variant_id", "kind": "copy", "materials": ["c1"]}], "baseline": None}, "variant_id"),
     ],
 )
 def test_a_spec_that_contradicts_the_library_is_refused_with_the_reason(

@@ -53,6 +53,11 @@ def test_a_revoked_token_ends_at_once(client_of: Client, sqlite: Database) -> No
         ("GET", "/api/v1/businesses/acme/materials?cursor=%21", 400, "bad_input"),
         ("GET", "/api/v1/businesses/acme/audit?key=%00", 400, "bad_input"),
         ("GET", "/api/v1/businesses/ac%00me", 400, "bad_input"),
+        (
+            "GET",
+            404,
+            "not_found",
+        ),
     ],
 )
 def test_every_error_has_the_one_shape(client_of: Client, method: str, path: str, status: int, code: str) -> None:
@@ -61,6 +66,16 @@ def test_every_error_has_the_one_shape(client_of: Client, method: str, path: str
     assert set(response.json()) == {"error"}
     assert response.json()["error"]["code"] == code
     assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("at", ["0001-01-01T00:00:00%2B14:00", "9999-12-31T23:59:59-14:00", "2026-01-01T00:00:00"])
+@pytest.mark.parametrize("route", ["live?at=", "interventions?active_at="])
+def test_moments_beyond_the_calendar_or_without_a_zone_are_refused(
+    client_of: Client, sqlite: Database, route: str, at: str
+) -> None:
+    stocked(sqlite)
+    response = client_of("ann").get(f"/api/v1/businesses/acme/scenes/welcome/{route}{at}")
+    assert response.status_code == 400, response.text
 
 
 @pytest.mark.parametrize(
