@@ -57,6 +57,7 @@ FOLDS = ((60_000, 5), (300_000, 3))  # rows up to which that many folds are made
 ALL_FOLDS_JUDGED = 60_000  # rows up to which the baselines are fitted on every fold; beyond, on the first
 MIN_UNITS = 10
 MAX_TAG_COLUMNS = 2_000  # of which the pseudo-inverse of Γ is taken
+MAX_REWEIGHT = 20.0
 PERMUTATIONS = 99
 PERMUTED_ROWS = 200_000
 PERMUTED_PAIRS = 20_000_000  # (row, variant) scores per permutation
@@ -131,17 +132,20 @@ def learn(log: Log, schema: LogSchema, *, seed: int, clock: _Clock, simulated: b
             log = log.take(log.weight > 0)
         log, fold = log.folds(_n_folds(len(log)), seed)
         support = logging_policy(log)
+        rows = LoggedRows(
+            log.reward.astype(np.float64), log.variant, support.propensity, log.count, log.weight, log.unit, support
+        )
         encoder = _fit_encoder(log, schema)
         examples = Examples.of(log, encoder)
     with clock("cross-fit"):
         policies = _policies(schema) if has_claim else []
-        fitted = _cross_fit(examples, encoder, fold, support, schema, policies, seed=seed, advance=clock.advance)
+        fitted = _cross_fit(examples, encoder, fold, support, rows, schema, policies, seed=seed, advance=clock.advance)
     with clock("baselines"):
         model = _judge(examples, encoder, fold, fitted, schema, seed=seed)
     values, p = None, None
     if has_claim:
         with clock("value"):
-            values = _value(log, examples, support, fitted, n_folds=int(fold.max()) + 1)
+            values = _value(log, rows, examples, fitted, n_folds=int(fold.max()) + 1)
         if schema.user:
             with clock("permute"):
                 p = _permutation_p(
@@ -228,6 +232,7 @@ def _cross_fit(
     encoder: Encoder,
     fold: Ints,
     support: Support,
+    rows: LoggedRows,
     schema: LogSchema,
     policies: list[Policy],
     *,
@@ -243,6 +248,7 @@ def _cross_fit(
         np.empty(n),
     )
     blind_examples, blind_encoder = examples.only(encoder, "context", "group")
+    blind_examples = replace(blind_examples, weight=_as_if_blind(rows, support, blind_examples.weight))
     for f in range(k):
         train, held = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
         network = fit_network(examples.take(train), encoder, seed=seed + f)
@@ -265,6 +271,20 @@ def _cross_fit(
         out.networks.append(network)
         advance((f + 1) / k)
     return out
+
+
+def _as_if_blind(rows: LoggedRows, support: Support, weight: Floats) -> Floats:
+    """(n,) weights under which what was shown does not depend on the user: × P(shown | context) / P(shown | all known).
+
+    Known propensities may depend on the user; a model without user features would then take the taste of a variant's
+    audience for its own. Stabilised weights (Robins, Hernán & Brumback 2000), at most MAX_REWEIGHT, of unchanged sum.
+    """
+    if support.estimated:
+        return weight
+    entry = rows.logged_entry
+    marginal = np.where(entry >= 0, support.probability[entry], rows.propensity)
+    out = weight * np.minimum(marginal / rows.propensity, MAX_REWEIGHT)
+    return np.asarray(out * (weight.sum() / out.sum()))
 
 
 def _ranker(
@@ -328,10 +348,7 @@ class _Values:
     others: dict[Policy, dict[str, Estimate | None]]  # IPS and SNIPS beside
 
 
-def _value(log: Log, examples: Examples, support: Support, fitted: _CrossFit, n_folds: int) -> _Values:
-    rows = LoggedRows(
-        log.reward.astype(np.float64), log.variant, support.propensity, log.count, log.weight, log.unit, support
-    )
+def _value(log: Log, rows: LoggedRows, examples: Examples, fitted: _CrossFit, n_folds: int) -> _Values:
     columns = len(np.unique(examples.tags.indices))  # as many tags as variants say no more than the variants
     weighting = choose_weighting(rows, examples.tags if columns < min(log.n_variants, MAX_TAG_COLUMNS) else None)
     q_logged = np.asarray(expit(fitted.network_logit))

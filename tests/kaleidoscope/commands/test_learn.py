@@ -122,6 +122,26 @@ def test_exposure_that_depends_on_the_user_supports_no_claim_unless_its_propensi
     assert abs(single["value"] - truth) < 4 * single["se"] + 0.02
 
 
+def test_the_best_single_variant_is_not_the_one_that_was_shown_to_those_who_click_anyway(tmp_path: Path) -> None:
+    rng, n = np.random.default_rng(3), 40_000
+    keen, b = rng.random(n) < 0.5, rng.random(n)
+    of_a = np.where(keen, 0.9, 0.1)  # keen users were shown A, whose clicks look better than they are
+    shown_a = b < of_a
+    rate = np.where(keen, np.where(shown_a, 0.45, 0.5), np.where(shown_a, 0.08, 0.1))
+    log = pd.DataFrame(
+        {
+            "y": (rng.random(n) < rate).astype(int),
+            "mood": np.where(keen, "keen", "cool"),
+            "copy": np.where(shown_a, "A", "B"),
+            "p": np.where(shown_a, of_a, 1 - of_a),
+        }
+    )
+    summary = learn(tmp_path, log, {"label": "y", "user": ["mood"], "variant": ["copy"], "propensity": "p"})
+    single = summary["policy_value"]["best_single"]
+    assert single["ci_low"] > (0.45 + 0.08) / 2 + 0.005
+    assert single["ci_low"] <= (0.5 + 0.1) / 2 <= single["ci_high"]
+
+
 def test_a_log_without_user_features_is_judged_without_them(tmp_path: Path) -> None:
     world = World.draw(SMALL)
     summary = learn(tmp_path, world.log(10_000, np.random.default_rng(1)), {**world.schema(), "user": []})

@@ -53,11 +53,6 @@ def test_a_revoked_token_ends_at_once(client_of: Client, sqlite: Database) -> No
         ("GET", "/api/v1/businesses/acme/materials?cursor=%21", 400, "bad_input"),
         ("GET", "/api/v1/businesses/acme/audit?key=%00", 400, "bad_input"),
         ("GET", "/api/v1/businesses/ac%00me", 400, "bad_input"),
-        (
-            "GET",
-            404,
-            "not_found",
-        ),
     ],
 )
 def test_every_error_has_the_one_shape(client_of: Client, method: str, path: str, status: int, code: str) -> None:
