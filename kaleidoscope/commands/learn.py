@@ -58,6 +58,7 @@ ALL_FOLDS_JUDGED = 60_000  # rows up to which the baselines are fitted on every 
 MIN_UNITS = 10
 MAX_TAG_COLUMNS = 2_000  # of which the pseudo-inverse of Γ is taken
 MAX_REWEIGHT = 20.0
+TRACE_P = 0.01  # below, a dependence that is too small to forbid every claim is worth a warning
 PERMUTATIONS = 99
 PERMUTED_ROWS = 200_000
 PERMUTED_PAIRS = 20_000_000  # (row, variant) scores per permutation
@@ -161,7 +162,7 @@ def learn(log: Log, schema: LogSchema, *, seed: int, clock: _Clock, simulated: b
         "positive_rate": positive_rate,
         "checks": [
             {"code": c.code, "level": str(c.level), "message": c.message}
-            for c in (*log.checks, *_findings(mismatch, independence, has_claim=has_claim))
+            for c in (*log.checks, *_findings(log, mismatch, independence, has_claim=has_claim))
         ],
         "srm": None if mismatch is None else {"p_value": mismatch.p_value, "flagged": mismatch.flagged},
         "exposure_independence": {"p_value": independence.p_value, "dependent": independence.dependent},
@@ -469,7 +470,7 @@ def _mean_tags(support: Support, tags: NDArray[np.float32]) -> NDArray[np.float3
 # ── what is written ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _findings(mismatch: Srm | None, independence: Independence, *, has_claim: bool) -> Iterator[Check]:
+def _findings(log: Log, mismatch: Srm | None, independence: Independence, *, has_claim: bool) -> Iterator[Check]:
     """What the tests of the exposure say, as checks."""
     if mismatch is not None and mismatch.flagged:
         yield Check(
@@ -489,6 +490,14 @@ def _findings(mismatch: Srm | None, independence: Independence, *, has_claim: bo
                 else "Without logged propensities no policy's value can be claimed: log P(variant) with each exposure, "
                 "or show variants at random to a share of the traffic."
             ),
+        )
+    elif independence.p_value is not None and independence.p_value <= TRACE_P and log.propensity is None:
+        yield Check(
+            "exposure_trace_of_user",
+            Level.WARNING,
+            f"What was shown depended a little on the user (p = {independence.p_value:.2g}): estimated propensities may"
+            " be off by up to a seventh, and values by more than their intervals say. To be sure, log P(variant) with"
+            " each exposure.",
         )
 
 

@@ -172,7 +172,9 @@ def _exposure(summary: Mapping[str, Any], evidence: Evidence) -> str:
         return "Not tested: the schema names no user columns."
     p = f"(p = {advice.p_text(found['p_value'])})".replace("= below", "below")
     if not found["dependent"] and found["p_value"] <= 0.05:
-        return f"At most a trace of dependence on the user {p}, too small to matter for the values."
+        return (
+            f"A trace of dependence on the user {p}: small, though values may be off by more than their intervals say."
+        )
     if not found["dependent"]:
         return f"Nothing suggests that users were shown variants by who they are {p}."
     if known:

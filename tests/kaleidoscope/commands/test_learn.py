@@ -122,6 +122,25 @@ def test_exposure_that_depends_on_the_user_supports_no_claim_unless_its_propensi
     assert abs(single["value"] - truth) < 4 * single["se"] + 0.02
 
 
+def test_a_trace_of_dependence_on_the_user_is_a_warning(tmp_path: Path) -> None:
+    rng, n = np.random.default_rng(4), 30_000
+    keen = rng.random(n) < 0.5
+    shown_a = rng.random(n) < np.where(keen, 0.54, 0.46)
+    log = pd.DataFrame(
+        {
+            "y": (rng.random(n) < 0.2).astype(int),
+            "mood": np.where(keen, "keen", "cool"),
+            "copy": np.where(shown_a, "A", "B"),
+            "p": np.where(shown_a == keen, 0.54, 0.46),
+        }
+    )
+    schema = {"label": "y", "user": ["mood"], "variant": ["copy"]}
+    unknown, known = learn(tmp_path / "a", log, schema), learn(tmp_path / "b", log, {**schema, "propensity": "p"})
+    assert "exposure_trace_of_user" in codes(unknown)
+    assert not unknown["exposure_independence"]["dependent"]
+    assert not {"exposure_trace_of_user", "exposure_depends_on_user"} & set(codes(known))
+
+
 def test_the_best_single_variant_is_not_the_one_that_was_shown_to_those_who_click_anyway(tmp_path: Path) -> None:
     rng, n = np.random.default_rng(3), 40_000
     keen, b = rng.random(n) < 0.5, rng.random(n)

@@ -293,7 +293,7 @@ def test_a_flagged_srm_is_a_caution_with_its_groups() -> None:
     [
         (None, False, "known", "names no user columns"),
         (0.6, False, "known", "Nothing suggests that users were shown variants by who they are (p = 0.60)"),
-        (0.01, False, "known", "At most a trace of dependence on the user (p = 0.01)"),
+        (0.01, False, "known", "A trace of dependence on the user (p = 0.01)"),
         (0.01, True, "known", "The log records the propensities"),
         (0.01, True, "estimated from context", "differences between their audiences"),
     ],
