@@ -191,6 +191,17 @@ def test_who_may_do_what(operation: Operation, busy: Database, client_of: Client
     assert allowed.status_code == operation.status, allowed.text
 
 
+@pytest.mark.parametrize("path", ["releases/2/start", "rollout/resume"])
+def test_only_publishers_start_and_resume(path: str, busy: Database, client_of: Client) -> None:
+    def status(client: TestClient) -> int:
+        return int(client.post(f"{SCENE}/{path}", json={}).status_code)
+
+    assert status(client_of()) == 401
+    assert status(client_of("eve", business="rival")) == 404
+    assert status(client_of("kim", *set(Role) - {Role.PUBLISHER, Role.ADMIN})) == 403
+    assert status(client_of("pat", Role.PUBLISHER)) == 409  # release 1 is in canary, and not paused
+
+
 def test_only_the_installation_founds_businesses(client_of: Client) -> None:
     body = {"id": "third", "name": "Third"}
     assert client_of().post("/api/v1/businesses", json=body).status_code == 401
