@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import defer
 
-from kaleidoscope.businesses import get_business
+from kaleidoscope.businesses import get_business, placeholders_of
+from kaleidoscope.content import Placeholder
 from kaleidoscope.database import PAGE, Page, Session, check_moment, find, paginate
 from kaleidoscope.errors import ConflictError, ForbiddenError, InputError, JobError
 from kaleidoscope.interventions import DescribedVariant, Moment, Rule, describe_variants, segment_text, upcoming_rules
@@ -186,6 +187,7 @@ class ReleaseContent(ReleasePlan):
     materials: dict[str, MaterialSnapshot]
     baseline: str  # id of the variant that bucket control shows
     interventions: tuple[Rule, ...]  # by id
+    placeholders: tuple[Placeholder, ...] = ()  # what copies may hold in braces, with their fallbacks
 
 
 def canonical(document: Mapping[str, Any]) -> bytes:
@@ -263,6 +265,7 @@ def draft_release(session: Session, scene_id: str, plan: ReleasePlan, note: str 
         },
         baseline=baseline,
         interventions=tuple(rules),
+        placeholders=placeholders_of(get_business(session)),
     )
     document = content.model_dump(mode="json")
     last = session.scalar(select(func.max(Release.number)).where(Release.scene_id == scene_id))
@@ -728,12 +731,16 @@ def _refuse_stale(session: Session, before: Live, health: Health, number: int) -
         default=before.at,
     )
     seen = health.observed_at.isoformat()
+    last = session.get(LedgerEntry, (session.business, before.scene, before.seq))
+    used = (last.health or {}).get("observed_at") if last is not None else None
     if age > HEALTH_MAX_AGE:
         problem = f"was observed at {seen}, more than {HEALTH_MAX_AGE.total_seconds() / 60:g} minutes ago"
     elif age < -CLOCK_TOLERANCE:
         problem = f"was observed at {seen}, which is yet to come"
     elif health.observed_at < entered:
         problem = f"was observed at {seen}, before this stage began at {entered.isoformat()}"
+    elif used is not None and health.observed_at <= datetime.fromisoformat(used):
+        problem = f"was observed at {seen}, and a report of {used} served for the stage before"
     else:
         return
     raise _conflict(f"The health of release {number} {problem}. Measure it again.", before, Action.ADVANCE, number)

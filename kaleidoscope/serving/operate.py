@@ -329,18 +329,21 @@ def upload_image(
     f"{IN}/images/{{material}}",
     tags=["materials"],
     response_class=FileResponse,
-    responses={200: {"content": {"image/png": {}, "image/jpeg": {}, "image/webp": {}}}},
+    responses={200: {"content": {"image/png": {}, "image/jpeg": {}, "image/webp": {}}}, **READ},
 )
-def get_image(call: Caught, request: Request, material: str) -> FileResponse:
+def get_image(call: Caught, request: Request, material: str) -> Response:
     """The picture of an image material."""
     with call.read() as session:
         content = materials.content_of(materials.get_material(session, material))
         if not isinstance(content, Image):
             raise NotFoundError(f"Material {material!r} is {content.kind}, and has no picture.")
         path = image_path(request.app.state.files, session.business, content)
+    etag = f'"{content.file[:32]}"'
+    if etag in [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]:
+        return Response(status_code=304, headers={"ETag": etag})
     if not path.is_file():
         raise NotFoundError(f"The picture of material {material!r} is not in this installation's files.")
-    headers = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'"}
+    headers = {"ETag": etag, "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'"}
     return FileResponse(path, media_type=content.media_type, headers=headers)
 
 
@@ -734,8 +737,12 @@ class Advance(Request_):
 
 
 class Rollback(Transition):
-    """A step back; `to` names a release that was stable before, otherwise it is the one before."""
+    """A step back from the ledger as it was seen: of two at once, one is made, and a retry is not a second one.
 
+    `to` names a release that was stable before, otherwise it is the one before.
+    """
+
+    expected_seq: Annotated[int, Field(ge=0, le=MAX_INT)]
     to: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
 
 

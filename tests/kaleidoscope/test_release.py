@@ -574,6 +574,15 @@ def test_health_of_another_time_is_refused(sqlite: Database, away: timedelta, sa
         do(sqlite, lambda s: advance(s, SCENE, health=health, rollback_if_unhealthy=True))
 
 
+def test_a_clock_that_runs_ahead_does_not_make_one_report_good_for_two_stages(sqlite: Database) -> None:
+    drafted(sqlite)
+    do(sqlite, lambda s: start(s, SCENE, 1))
+    ahead = Health(ok=True, observed_at=now() + timedelta(seconds=30))
+    do(sqlite, lambda s: advance(s, SCENE, health=ahead))
+    with pytest.raises(ConflictError, match="served for the stage before"):
+        do(sqlite, lambda s: advance(s, SCENE, health=ahead))
+
+
 def test_one_look_at_the_health_is_good_for_one_stage(sqlite: Database) -> None:
     drafted(sqlite)
     do(sqlite, lambda s: start(s, SCENE, 1))

@@ -129,7 +129,10 @@ def operations() -> list[Operation]:
         Operation("GET", f"{S}/releases/{{number}}/diff/{{other}}", f"{SCENE}/releases/1/diff/2"),
         Operation("POST", f"{S}/rollout/advance", f"{SCENE}/rollout/advance", PUBLISHER, body=healthy),
         Operation("POST", f"{S}/rollout/pause", f"{SCENE}/rollout/pause", PUBLISHER, body={"reason": "look"}),
-        Operation("POST", f"{S}/rollout/rollback", f"{SCENE}/rollout/rollback", PUBLISHER, body={"reason": "bad"}),
+        Operation(
+            "POST", f"{S}/rollout/rollback", f"{SCENE}/rollout/rollback", PUBLISHER,
+            body={"reason": "bad", "expected_seq": 1},
+        ),
         Operation("GET", f"{S}/ledger", f"{SCENE}/ledger"),
         Operation("GET", f"{S}/live", f"{SCENE}/live"),
     ]  # fmt: skip
@@ -237,6 +240,7 @@ def test_the_whole_way_over_http(client_of: Client) -> None:
     shown = ann.get(f"{base}/images/i1")
     assert shown.headers["content-type"] == "image/png"
     assert PIL.Image.open(io.BytesIO(shown.content)).size == (20, 10)
+    assert ann.get(f"{base}/images/i1", headers={"If-None-Match": shown.headers["ETag"]}).status_code == 304
     ids = {"ids": ["c1", "c2", "i1"]}
     assert ok(ann.post(f"{base}/materials/review/submit", json=ids))["moved"] == 3
     assert ok(rex.post(f"{base}/materials/review/approve", json=ids))["moved"] == 3
