@@ -21,7 +21,7 @@ from sqlalchemy import event, func, select
 
 from kaleidoscope.access import Caller, operator
 from kaleidoscope.businesses import change_business
-from kaleidoscope.content import Copy
+from kaleidoscope.content import DEFAULT_PLACEHOLDERS, Copy
 from kaleidoscope.database import Database, Session
 from kaleidoscope.errors import ConflictError, ForbiddenError, InputError, JobError, NotFoundError
 from kaleidoscope.interventions import InterventionSpec, Target, add_intervention, end_intervention
@@ -572,6 +572,14 @@ def test_health_of_another_time_is_refused(sqlite: Database, away: timedelta, sa
     health = Health(ok=True, observed_at=now() + away)
     with pytest.raises(ConflictError, match=says):
         do(sqlite, lambda s: advance(s, SCENE, health=health, rollback_if_unhealthy=True))
+
+
+def test_a_release_holds_the_placeholders_of_its_copies(sqlite: Database) -> None:
+    approved_scene(sqlite)
+    with sqlite.transaction(person("ann")) as session:
+        change_business(session, version=None, placeholders=DEFAULT_PLACEHOLDERS)
+    content = verify(do(sqlite, lambda s: draft_release(s, SCENE, PLAN)))
+    assert content.placeholders == DEFAULT_PLACEHOLDERS
 
 
 def test_a_clock_that_runs_ahead_does_not_make_one_report_good_for_two_stages(sqlite: Database) -> None:

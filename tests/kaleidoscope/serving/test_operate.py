@@ -205,6 +205,14 @@ def test_only_publishers_start_and_resume(path: str, busy: Database, client_of: 
     assert status(client_of("pat", Role.PUBLISHER)) == 409  # release 1 is in canary, and not paused
 
 
+def test_a_rollback_sent_twice_is_made_once(busy: Database, client_of: Client) -> None:
+    pat = client_of("pat", Role.PUBLISHER)
+    seen = {"reason": "bad", "expected_seq": pat.get(f"{SCENE}/ledger").json()["items"][0]["seq"]}
+    assert pat.post(f"{SCENE}/rollout/rollback", json=seen).status_code == 200
+    assert pat.post(f"{SCENE}/rollout/rollback", json=seen).status_code == 409
+    assert pat.post(f"{SCENE}/rollout/rollback", json={"reason": "bad"}).status_code == 400
+
+
 def test_only_the_installation_founds_businesses(client_of: Client) -> None:
     body = {"id": "third", "name": "Third"}
     assert client_of().post("/api/v1/businesses", json=body).status_code == 401
