@@ -530,7 +530,7 @@ def test_materials_are_reviewed_by_somebody_else(library: Shell) -> None:
     assert "too dark" in library.ok("material show city-realistic")
     assert library.json("material retire city-realistic")["moved"] == 1
     assert library.json("material restore city-realistic", user="bob")["moved"] == 1
-    assert library.json("material show city-realistic")["author"] == "bob"
+    assert library.json("material show city-realistic")["author"] == "ann"
     library.fails("not_found", "material submit nothing")
 
 
