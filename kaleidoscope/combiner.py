@@ -12,9 +12,11 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn
 
@@ -22,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from kaleidoscope.errors import InputError
+from kaleidoscope.errors import InputError, TooComplexError
 from kaleidoscope.vocabulary import Level
 
 Bools = NDArray[np.bool_]
@@ -37,8 +39,50 @@ LARGEST_TABLE = 2**22  # entries of an intermediate table (32 MiB); beyond, sums
 LARGEST_LOOKAHEAD = 2**18  # entries of a table that cuts dead prefixes in explode; beyond, it is left out
 MOST_STATES = 2**20  # that are summed up together
 MOST_PROPOSALS = 10_000_000  # of a sample that is thinned out to the legal ones
+MOST_WORK = 4e9  # entries of tables looked at, about, that one question about a space may take: some ten seconds
+CALL_WORK = 2_000  # what a call of numpy costs, in entries
 MOST_SLOTS_LISTED = 4  # a rule on "any slot" that comes to pairs of so many slots is taken as pairs
 KEYWORDS = ("forbid", "require", "with", "when", "matches")
+
+
+# ------------------------------------------------------------------------------------------------ how much work
+
+
+@dataclass
+class _Work:
+    left: float
+
+
+_work: ContextVar[_Work | None] = ContextVar("work", default=None)
+
+
+@contextmanager
+def work_limit(entries: float = MOST_WORK) -> Iterator[None]:
+    """Let everything in the block together look at so many entries of tables; beyond, it raises TooComplexError.
+
+    Within another limit that one holds. Counted and not timed, so that the answer is the same on every machine.
+    """
+    if _work.get() is not None:
+        yield
+        return
+    token = _work.set(_Work(entries))
+    try:
+        yield
+    finally:
+        _work.reset(token)
+
+
+def spend(entries: float) -> None:
+    """Count work against the limit, if there is one."""
+    work = _work.get()
+    if work is None:
+        return
+    work.left -= entries
+    if work.left < 0:
+        raise TooComplexError(
+            "the materials are too many, or the rules tie too many slots together, to work this out in reasonable time."
+            " Use fewer rules (by tag rather than by material), fewer slots or materials, or a lower cap."
+        )
 
 
 # ------------------------------------------------------------------------------------------------ the space
@@ -849,6 +893,7 @@ class _Walk:
         """
         slot, done = self.order[depth], self.order[:depth]
         size = self.sizes[slot]
+        spend((len(value) * size + CALL_WORK) * (2 + len(state) + len(self.tables) + len(self.wide)))
         grown = {key: np.repeat(column, size) for key, column in state.items()}
         grown[slot] = np.tile(np.arange(size), len(value))
         weight = np.repeat(value, size) * np.tile(self.weights[slot], len(value))
@@ -905,6 +950,7 @@ def _order(sizes: Sequence[int], scopes: Sequence[tuple[int, ...]], keep: Sequen
         return math.prod(sizes[x] for x in scope)
 
     while todo:
+        spend(100 * len(todo) * len(current))
         best: tuple[int, int, frozenset[int]] | None = None
         for x in sorted(todo):
             bucket = sorted((scope for scope in current if x in scope), key=size)
@@ -940,6 +986,7 @@ def _eliminate(
 
 
 def _einsum(factors: Sequence[_Factor], scope: Sequence[int]) -> Floats:
+    spend(CALL_WORK + math.prod({v: n for f in factors for v, n in zip(f.scope, f.table.shape, strict=True)}.values()))
     label = {x: n for n, x in enumerate(dict.fromkeys(v for f in factors for v in f.scope))}
     operands: list[Any] = [part for f in factors for part in (f.table, [label[v] for v in f.scope])]
     return np.asarray(np.einsum(*operands, [label[v] for v in scope], optimize=len(factors) > 1))
@@ -994,15 +1041,16 @@ def count(space: Space) -> int:
 
     Options that no rule tells apart count as one class; slots that no rule connects multiply. Where rules connect many
     slots with hundreds of classes each, time grows with the product of the classes of all but the last few of them.
-    Raises InputError where a material is in a slot twice.
+    Raises InputError where a material is in a slot twice, TooComplexError where it takes more than MOST_WORK.
     """
     classes = _weighted(_classes(_net(_checked(space))))
     total = 1
-    for component in _components(len(classes.sizes), [f.scope for f in classes.factors]):
-        bound = math.prod(int(classes.weights[s].sum()) for s in component if s < len(space.slots))
-        inside = tuple(f for f in classes.factors if f.scope[0] in component)
-        wide = tuple(nogood for nogood in classes.wide if nogood.scope[0] in component)
-        total *= _exact_total(replace(classes, factors=inside, wide=wide), bound) if bound else 0
+    with work_limit():
+        for component in _components(len(classes.sizes), [f.scope for f in classes.factors]):
+            bound = math.prod(int(classes.weights[s].sum()) for s in component if s < len(space.slots))
+            inside = tuple(f for f in classes.factors if f.scope[0] in component)
+            wide = tuple(nogood for nogood in classes.wide if nogood.scope[0] in component)
+            total *= _exact_total(replace(classes, factors=inside, wide=wide), bound) if bound else 0
     return total
 
 
@@ -1057,9 +1105,13 @@ def _usable(classes: _Classes, slots: Sequence[int]) -> Bools:
 
 
 def pair_support(space: Space) -> dict[tuple[int, int], Bools]:
-    """Return, per pair of slot positions i < j, (options of i, options of j): whether some legal variant holds both."""
+    """Return, per pair of slot positions i < j, (options of i, options of j): whether some legal variant holds both.
+
+    Raises TooComplexError where it takes more than MOST_WORK.
+    """
     classes = _classes(_net(_checked(space)))
-    return {pair: _usable(classes, pair) for pair in combinations(range(len(space.slots)), 2)}
+    with work_limit():
+        return {pair: _usable(classes, pair) for pair in combinations(range(len(space.slots)), 2)}
 
 
 def wide_nogoods(space: Space) -> tuple[Nogood, ...]:
@@ -1377,6 +1429,7 @@ def _grow(
 def _extended(step: _Step, codes: Sequence[Ints], piece: list[NDArray[Any]]) -> list[NDArray[Any]]:
     """Return every prefix of the piece with every choice that may follow it."""
     rows, n_choices = len(piece[-1]), len(step.choices)
+    spend((rows * n_choices + CALL_WORK) * (3 + len(step.filters) + len(step.wide)))
     *prefix, first, second = piece
     mask = _followers(step, codes, prefix, rows)
     if mask is None:
@@ -1480,7 +1533,7 @@ class Finding:
     """Something wrong (or odd) with a space; `constraints` are the texts of the rules it is about.
 
     Codes: empty_slot, duplicate_material, no_legal_variant (errors); unusable_material, forbids_nothing, unknown_name
-    (warnings); redundant (info).
+    (warnings); redundant, not_all_checked (info).
     """
 
     code: str
@@ -1498,26 +1551,35 @@ def diagnose(space: Space) -> tuple[Finding, ...]:
     - redundant: the other rules together already rule out all that this one does. Of two rules that say the same, both.
     - no_legal_variant: with a smallest set of rules in conflict: without any one of them, some variant is legal.
     - unusable_material: no legal variant shows it, with a smallest set of rules that see to that.
+    - not_all_checked: the last two would have taken more than MOST_WORK together, and what was found is reported.
 
     Smallest sets come from a deletion filter (Chinneck & Dravnieks, ORSA J. Computing 3, 1991): minimal, and where
-    several are, one of them.
+    several are, one of them. Raises TooComplexError where even whether a variant is legal takes more than MOST_WORK.
     """
     findings = [*_slot_findings(space), *_name_findings(space)]
     if not any(finding.level is Level.ERROR for finding in findings):
-        idle = [r for r, (_, nogoods) in enumerate(space.rules) if not _forbids_something(space, nogoods)]
-        findings += [
-            Finding(
-                "forbids_nothing", Level.WARNING, f"{space.rules[r][0]}: rules out no combination", (space.rules[r][0],)
-            )
-            for r in idle
-        ]
-        active = [r for r in range(len(space.rules)) if r not in idle]
-        if _any_legal(_net(space, active)):
-            findings += _unusable_findings(space, active)
-            findings += _redundant_findings(space, active)
-        else:
-            findings.append(_conflict_finding(space, active))
+        with work_limit():
+            findings += _rule_findings(space)
     return tuple(sorted(findings, key=lambda finding: list(Level).index(finding.level)))
+
+
+def _rule_findings(space: Space) -> list[Finding]:
+    idle = [r for r, (_, nogoods) in enumerate(space.rules) if not _forbids_something(space, nogoods)]
+    texts = [space.rules[r][0] for r in idle]
+    findings = [Finding("forbids_nothing", Level.WARNING, f"{t}: rules out no combination", (t,)) for t in texts]
+    active = [r for r in range(len(space.rules)) if r not in idle]
+    if not _any_legal(_net(space, active)):
+        return [*findings, _conflict_finding(space, active)]
+    try:
+        for finding in chain(_unusable_findings(space, active), _redundant_findings(space, active)):
+            findings.append(finding)
+    except TooComplexError:
+        message = (
+            "the rules tie so many slots together that not everything was looked for: there may be materials that no"
+            " variant can show, and rules that the others already imply"
+        )
+        findings.append(Finding("not_all_checked", Level.INFO, message))
+    return findings
 
 
 def _slot_findings(space: Space) -> Iterator[Finding]:

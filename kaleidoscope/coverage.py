@@ -20,6 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kaleidoscope.combiner import (
+    CALL_WORK,
     VARIANT_ID,
     MaterialTerm,
     Space,
@@ -30,9 +31,11 @@ from kaleidoscope.combiner import (
     is_legal,
     pair_support,
     positions_of,
+    spend,
     tag_matrix,
     tag_values,
     wide_nogoods,
+    work_limit,
 )
 from kaleidoscope.errors import InputError
 
@@ -106,15 +109,20 @@ def cover(space: Space, cap: int, keep: Iterable[Mapping[str, str]] = (), *, see
     at, so later ones change nothing. Where that takes more than the cap, the greedy of Cohen, Dalal, Fredman & Patton
     (IEEE Trans. Software Eng. 23, 1997; AETG) takes the material with most open pairs, then what adds most to it.
 
-    Raises InputError where cap < 1, no variant is legal, or a material is in a slot twice.
+    Raises InputError where cap < 1, no variant is legal, or a material is in a slot twice, TooComplexError where it
+    takes more than MOST_WORK.
     """
     if cap < 1:
         raise InputError(f"cap is {cap}; it must be at least 1")
+    with work_limit():
+        return _cover(space, cap, list(keep), seed)
+
+
+def _cover(space: Space, cap: int, wanted: Sequence[Mapping[str, str]], seed: int) -> Cover:
     legal = count(space)
     if legal == 0:
         raise InputError("no variant is legal: nothing to choose from; `diagnose` says which rules are in conflict")
     board = _Board(space)
-    wanted = list(keep)
     kept = _kept(space, wanted)[:cap]
     rows, needed = kept, None
     if legal <= cap:
@@ -321,6 +329,7 @@ def _complete(
 
     def joined(chosen: list[int], domain: Bools, gains: Ints, number: int) -> list[int] | None:
         nonlocal dead_ends
+        spend(2 * (CALL_WORK + len(board.slot)))
         chosen = list(chosen)
         chosen[board.slot[number]] = number
         free = [s for s, n in enumerate(chosen) if n < 0]

@@ -11,10 +11,11 @@ import base64
 import json
 import re
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
@@ -32,7 +33,7 @@ from sqlalchemy.sql import visitors
 
 from kaleidoscope.access import Caller
 from kaleidoscope.errors import ConflictError, InputError, JobError, NotFoundError, UnavailableError
-from kaleidoscope.tables import ApiToken, AuditEntry, Base, Business, Tenant, Versioned, now
+from kaleidoscope.tables import ApiToken, AuditEntry, Base, Business, Logged, Tenant, Versioned, now
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "migrations"
 BUSY_TIMEOUT_S = 10.0
@@ -107,6 +108,7 @@ class Database:
         if self.sqlite:
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
+        event.listen(self.engine, "before_execute", _only_logged)
         self.url = parsed
 
     def __enter__(self) -> Database:
@@ -130,12 +132,32 @@ class Database:
         database cannot hold, UnavailableError where the database is away or stays locked.
         """
         engine = self.engine.execution_options(sqlite_begin="BEGIN IMMEDIATE" if write else "BEGIN")
+        with self._in_our_words(), Session(engine, expire_on_commit=False, autoflush=False) as session:
+            session.caller, session.may_write = caller, write
+            yield session
+            if write:
+                session.commit()  # else closing rolls back, and what was read stays readable
+
+    @contextmanager
+    def bulk(self, *, write: bool = True) -> Iterator[Connection]:
+        """A transaction on the tables of the log (tables.Logged), which are written in bulk, by Core statements.
+
+        Nobody narrows them to a business: every statement has to name its own. Committed, and on disk, at the end of
+        the block. Without `write` every statement sees the same state of the database. Raises as `transaction` does.
+        """
+        options: dict[str, Any] = {"sqlite_begin": "BEGIN IMMEDIATE" if write else "BEGIN", "logged_only": True}
+        if not write and not self.sqlite:
+            options["isolation_level"] = "REPEATABLE READ"
+        engine = self.engine.execution_options(**options)
+        with self._in_our_words(), engine.connect() as connection, connection.begin() as begun:
+            yield connection
+            if not write:
+                begun.rollback()
+
+    @contextmanager
+    def _in_our_words(self) -> Iterator[None]:
         try:
-            with Session(engine, expire_on_commit=False, autoflush=False) as session:
-                session.caller, session.may_write = caller, write
-                yield session
-                if write:
-                    session.commit()  # else closing rolls back, and what was read stays readable
+            yield
         except StaleDataError as error:
             raise ConflictError("Somebody else changed this at the same time. Read it again, and repeat.") from error
         except exc.IntegrityError as error:
@@ -147,6 +169,18 @@ class Database:
             raise InputError(f"The database cannot hold a value ({str(error.orig).splitlines()[0]}).") from error
         except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
             raise UnavailableError(f"{self.name}: {_reason(error)}") from error
+
+    def scrub(self) -> None:
+        """Free the space of rows that were deleted, so that not even the database's files hold them any more."""
+        options = {"sqlite_begin": ""} if self.sqlite else {"isolation_level": "AUTOCOMMIT"}
+        engine = self.engine.execution_options(**options)
+        with self._in_our_words(), engine.connect() as connection:
+            if self.sqlite:
+                connection.exec_driver_sql("VACUUM")
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            else:
+                for table in sorted(table.name for table in _logged()):
+                    connection.exec_driver_sql(f"VACUUM {table}")
 
     @property
     def name(self) -> str:
@@ -183,7 +217,25 @@ def _prepare_sqlite(connection: DBAPIConnection, _: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    connection.exec_driver_sql(connection.get_execution_options().get("sqlite_begin", "BEGIN"))
+    begin = connection.get_execution_options().get("sqlite_begin", "BEGIN")
+    if begin:
+        connection.exec_driver_sql(begin)
+
+
+def _only_logged(connection: Connection, statement: sa.Executable, *_: object) -> None:
+    """In bulk only the log is reached: all other tables have rules that sessions keep."""
+    if not connection.get_execution_options().get("logged_only"):
+        return
+    parts = list(visitors.iterate(cast("visitors.ExternallyTraversible", statement)))
+    tables = {part for part in parts if isinstance(part, sa.TableClause)}
+    if any(isinstance(part, sa.TextClause) for part in parts) or not tables <= _logged():
+        raise RuntimeError("in bulk only tables of the log can be named, and no text")
+
+
+@cache
+def _logged() -> frozenset[sa.Table]:
+    mappers = (mapper for mapper in Base.registry.mappers if issubclass(mapper.class_, Logged))
+    return frozenset(cast(sa.Table, mapper.local_table) for mapper in mappers)
 
 
 # ── schema ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -289,8 +341,9 @@ def _scope(state: orm.ORMExecuteState) -> None:
     if not (state.is_select and state.is_orm_statement) or state.is_from_statement or _passes_by(state.statement):
         raise RuntimeError("query mapped classes, not tables or text: only of those we see which business they are of")
     business = session.caller.business
-    criteria = orm.with_loader_criteria(Tenant, lambda cls: cls.business_id == business, include_aliases=True)
-    state.statement = state.statement.options(criteria)
+    for kind in (Tenant, Logged):
+        criteria = orm.with_loader_criteria(kind, lambda cls: cls.business_id == business, include_aliases=True)
+        state.statement = state.statement.options(criteria)
 
 
 def _passes_by(statement: sa.Executable) -> bool:
@@ -395,9 +448,43 @@ def find(session: Session, kind: type[Row], *key: object, lock: bool = False) ->
     """
     row = session.get(kind, (session.business, *key), with_for_update=True if lock else None, populate_existing=lock)
     if row is None:
-        name = " ".join(map(str, key))
-        raise NotFoundError(f"There is no {_noun(kind)} {name!r} in business {session.business!r}.")
+        *scene, name = map(str, key)
+        where = f"scene {scene[0]!r} of business {session.business!r}" if scene else f"business {session.business!r}"
+        raise NotFoundError(f"There is no {_noun(kind)} {name!r} in {where}.")
     return row
+
+
+def add_rows(session: Session, kind: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add many rows of a kind to the caller's business at once, each with its audit entry.
+
+    For thousands of new rows, for which the session takes ten times as long. Every row names the same columns, without
+    the business and without those that have a default.
+    """
+    if not session.may_write:
+        raise RuntimeError(f"a {kind.__name__} was added in a transaction that only reads")
+    if not rows:
+        return
+    if not issubclass(kind, Tenant):
+        raise RuntimeError(f"a {kind.__name__} belongs to no business; add it through the session")
+    connection = session.connection()
+    connection.execute(sa.insert(kind), [{**row, "business_id": session.business} for row in rows])
+    if not kind.audited:
+        return
+    keys = [str(column.key) for column in sa.inspect(kind).primary_key if column.key != "business_id"]
+    entries = [
+        {
+            "business_id": session.business,
+            "at": now(),
+            "actor": session.caller.user,
+            "action": "created",
+            "entity": kind.__tablename__,
+            "key": "/".join(str(row[key]) for key in keys),
+            "before": None,
+            "after": {name: _plain(value) for name, value in row.items() if name not in kind.unaudited},
+        }
+        for row in rows
+    ]
+    connection.execute(sa.insert(AuditEntry), entries)
 
 
 def refuse_existing(session: Session, kind: type[Row], *key: object) -> None:

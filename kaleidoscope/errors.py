@@ -4,10 +4,12 @@ KaleidoscopeError
 ├── InputError            what the caller gave is wrong (CLI exit code 2)
 │   ├── SchemaError       the log schema (YAML) does not say what it should
 │   ├── LogError          the log does not hold what the schema says
-│   └── TooLargeError     an upload or a request is larger than it may be
+│   ├── TooLargeError     an upload or a request is larger than it may be
+│   └── TooComplexError   a question that would take too long to answer
 ├── AccessError           the caller may not do this
 │   ├── UnauthenticatedError   nobody knows who is calling
 │   └── ForbiddenError         the caller's role does not allow it
+├── TooManyRequestsError  the caller asks too often; waiting helps
 ├── NotFoundError         there is no such thing in the caller's business
 ├── ConflictError         somebody changed it first, it exists already, or its state does not allow this
 └── JobError              the job could not be done (CLI exit code 1)
@@ -69,6 +71,12 @@ class TooLargeError(InputError):
     http_status = 413
 
 
+class TooComplexError(InputError):
+    """Answering would take more work than one question may."""
+
+    code = "too_complex"
+
+
 class AccessError(KaleidoscopeError):
     """The caller may not do this; nothing was done."""
 
@@ -88,6 +96,18 @@ class ForbiddenError(AccessError):
     """The caller is known, and has no role that allows this."""
 
     code = "forbidden"
+
+
+class TooManyRequestsError(KaleidoscopeError):
+    """The caller asks more often than it may; after `retry_after_s` seconds it may again."""
+
+    code = "too_many_requests"
+    http_status = 429
+    exit_code = 1
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class NotFoundError(KaleidoscopeError):

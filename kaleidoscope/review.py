@@ -1,7 +1,8 @@
 """Review: from a scene's combinations to variants that may be shown, and who says so.
 
 draft → in review → approved or rejected → retired. Materials and variants go the same way; a variant can be approved
-only while its materials are, and falls back to draft when one of them changes. A release takes what is approved.
+only while its materials are, and falls back to draft when one of them changes, or what fills its copies' placeholders
+(businesses.py takes the approvals back). A release takes what is approved.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import select
 
+from kaleidoscope.access import RULE
+from kaleidoscope.businesses import get_business, placeholders_of, reopen_variants
 from kaleidoscope.combiner import (
     MatchTerm,
     MaterialTerm,
@@ -29,20 +32,34 @@ from kaleidoscope.combiner import (
     explode,
     parse,
     variant_id,
+    work_limit,
 )
+from kaleidoscope.content import Copy, parse_content, placeholders_in
 from kaleidoscope.coverage import Cover, Traffic, cover, traffic
-from kaleidoscope.database import PAGE, Page, Session, find, paginate
-from kaleidoscope.errors import InputError, NotFoundError
+from kaleidoscope.database import PAGE, Page, Session, add_rows, find, paginate
+from kaleidoscope.errors import ConflictError, InputError, NotFoundError
 from kaleidoscope.scenes import USABLE, SceneSpace, materials_by_id, options_of, possible, space_of, spec_of
-from kaleidoscope.tables import AuditEntry, Material, Reviewed, Scene, Variant, VariantMaterial, now
-from kaleidoscope.vocabulary import Level, ReviewState, Role
+from kaleidoscope.tables import (
+    AuditEntry,
+    LedgerEntry,
+    Material,
+    Release,
+    Reviewed,
+    Scene,
+    Variant,
+    VariantMaterial,
+    now,
+)
+from kaleidoscope.taxonomy import current_taxonomy
+from kaleidoscope.vocabulary import Level, MaterialKind, ReviewState, Role
 
 MAX_VARIANTS = 100_000  # of a scene that are stored and reviewed; more are capped
 OWN = "your own: somebody else has to review it"
-RULE = "rule: approved materials, no remarks"  # the reviewer of what is approved automatically
 
 DRAFT, IN_REVIEW, APPROVED = ReviewState.DRAFT, ReviewState.IN_REVIEW, ReviewState.APPROVED
 REJECTED, RETIRED = ReviewState.REJECTED, ReviewState.RETIRED
+WITHDRAWN = (REJECTED, RETIRED)
+NAMED = 5  # of many that a note names
 
 
 @dataclass(frozen=True)
@@ -70,10 +87,11 @@ MOVES = {
 
 @dataclass(frozen=True)
 class Moved:
-    """How many were moved, and why the others were not."""
+    """How many were moved, why the others were not, and what whoever moved them should know."""
 
     moved: int
     skipped: Mapping[str, int] = field(default_factory=dict)  # reason → how many
+    notes: tuple[str, ...] = ()  # such as: a retired material is still shown by the live release
 
 
 # ── making variants ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -91,48 +109,100 @@ class Made:
     approved: int  # by the scene's rule
     remarked: int  # variants a soft check remarks on
     coverage: Cover | None  # of a capped scene
+    warnings: tuple[str, ...] = ()  # what is odd about the constraints
 
 
-def make_variants(session: Session, scene_id: str) -> Made:
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """What a scene's variants are to be, worked out from what the database held."""
+
+    scene_id: str
+    basis: str  # a hash of what it was worked out from
+    found: SceneSpace
+    legal: int
+    wanted: Mapping[str, Mapping[str, str]]  # id → slot → material
+    remarks: Mapping[str, list[str]]  # id → what soft checks remark
+    coverage: Cover | None
+    warnings: tuple[str, ...]
+
+
+def plan_variants(session: Session, scene_id: str) -> Planned:
+    """What `make_variants` would bring the scene's variants to; the costly part of it, which changes nothing.
+
+    Raises InputError where nothing can be combined, a constraint contradicts the others, the baseline is forbidden, or
+    there are too many combinations and no cap, TooComplexError where it cannot be worked out in reasonable time.
+    """
+    session.caller.require(Role.EDITOR)
+    scene = find(session, Scene, scene_id)
+    found = space_of(session, scene)
+    existing = _variants(session, scene_id)
+    basis = _basis(session, scene, found, existing)
+    alive = [v.materials for v in existing.values() if v.state != RETIRED]
+    with work_limit():
+        findings = diagnose(found.space)
+        problems = [p.message for p in findings if p.level == Level.ERROR]
+        if problems:
+            raise InputError("\n".join(f"scene {scene_id!r}: {p}" for p in problems))
+        legal = count(found.space)
+        wanted, coverage = _wanted(found, legal, alive)
+    remarks = {id: found.remarks_on(materials) for id, materials in wanted.items()}
+    warnings = tuple(f.message for f in findings if f.level == Level.WARNING)
+    return Planned(scene_id, basis, found, legal, wanted, remarks, coverage, warnings)
+
+
+def _basis(session: Session, scene: Scene, found: SceneSpace, existing: Mapping[str, Variant]) -> str:
+    """A hash of everything that a plan depends on."""
+    materials = materials_by_id(session, {m for slot in found.spec.slots for m in slot.materials})
+    held = [
+        scene.version,
+        get_business(session).version,
+        current_taxonomy(session)[0],
+        sorted((m.id, m.version) for m in materials.values()),
+        sorted((v.id, v.state == RETIRED) for v in existing.values()),
+    ]
+    return hashlib.sha256(json.dumps(held).encode()).hexdigest()
+
+
+def make_variants(session: Session, scene_id: str, planned: Planned | None = None) -> Made:
     """Bring the scene's variants in line with its materials, constraints and cap.
 
     New combinations become drafts, those that are no longer possible or wanted are retired, the others stay as they
-    are. Raises InputError where nothing can be combined, a constraint contradicts the others, the baseline is
-    forbidden, or there are too many combinations and no cap.
+    are. `planned` is what `plan_variants` worked out before, in another transaction, so that nobody had to wait for it.
+    Raises what that raises, and ConflictError where the plan is of something that changed meanwhile.
     """
     session.caller.require(Role.EDITOR)
     scene = find(session, Scene, scene_id, lock=True)
-    found = space_of(session, scene)
-    problems = [p.message for p in diagnose(found.space) if p.level == Level.ERROR]
-    if problems:
-        raise InputError("\n".join(f"scene {scene_id!r}: {p}" for p in problems))
+    planned = plan_variants(session, scene_id) if planned is None else planned
     existing = _variants(session, scene_id)
-    legal = count(found.space)
-    alive = [v.materials for v in existing.values() if v.state != RETIRED]
-    wanted, coverage = _wanted(found, legal, alive)
-    slots = {slot.name: {option.id for option in slot.options} for slot in found.space.slots}
-    created = restored = retired = remarked = 0
-    for id, materials in wanted.items():
-        remarks, variant = found.remarks_on(materials), existing.get(id)
-        remarked += bool(remarks)
-        if variant is None:
-            session.add(_new(session, scene_id, id, materials, remarks))
-            created += 1
-            continue
-        if variant.remarks != remarks:
-            variant.remarks = remarks
-        if variant.state == RETIRED:
-            _set(variant, DRAFT, None)
-            variant.author = session.caller.user
-            restored += 1
+    if planned.basis != _basis(session, scene, planned.found, existing):
+        raise ConflictError(f"Scene {scene_id!r}, or what it is made of, changed meanwhile. Make the variants again.")
+    space = planned.found.space
+    slots = {slot.name: {option.id for option in slot.options} for slot in space.slots}
+    created, restored, retired = [id for id in planned.wanted if id not in existing], 0, 0
+    _add_variants(session, scene_id, {id: planned.wanted[id] for id in created}, planned.remarks)
     for id, variant in existing.items():
-        if id not in wanted and variant.state != RETIRED:
-            _set(variant, RETIRED, _why_gone(variant.materials, slots, capped=coverage is not None))
+        if id in planned.wanted:
+            if variant.remarks != planned.remarks[id]:
+                variant.remarks = planned.remarks[id]
+            if variant.state == RETIRED:
+                _set(variant, DRAFT, None)
+                variant.author = session.caller.user
+                restored += 1
+        elif variant.state != RETIRED:
+            _set(variant, RETIRED, _why_gone(variant.materials, slots, capped=planned.coverage is not None))
             retired += 1
     session.flush()
-    approved = approve_by_rule(session, scene_id) if found.spec.approve_automatically else 0
-    kept = len(wanted) - created - restored
-    return Made(legal, created, kept, restored, retired, approved, remarked, coverage)
+    return Made(
+        planned.legal,
+        len(created),
+        len(planned.wanted) - len(created) - restored,
+        restored,
+        retired,
+        approve_by_rule(session, scene_id) if planned.found.spec.approve_automatically else 0,
+        sum(map(bool, planned.remarks.values())),
+        planned.coverage,
+        planned.warnings,
+    )
 
 
 def _wanted(
@@ -162,17 +232,31 @@ def _combinations(space: Space, batch: Any) -> Iterator[dict[str, str]]:
     yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
 
 
-def _new(session: Session, scene_id: str, id: str, materials: Mapping[str, str], remarks: list[str]) -> Variant:
-    key = {"business_id": session.business, "scene_id": scene_id}
-    return Variant(
-        **key,
-        id=id,
-        materials=dict(materials),
-        remarks=remarks,
-        state=DRAFT,
-        author=session.caller.user,
-        held=[VariantMaterial(**key, variant_id=id, slot=s, material_id=m) for s, m in materials.items()],
+def _add_variants(
+    session: Session, scene_id: str, wanted: Mapping[str, Mapping[str, str]], remarks: Mapping[str, list[str]]
+) -> None:
+    add_rows(
+        session,
+        Variant,
+        [
+            {
+                "scene_id": scene_id,
+                "id": id,
+                "materials": dict(materials),
+                "remarks": remarks[id],
+                "state": DRAFT.value,
+                "author": session.caller.user,
+                "version": 1,
+            }
+            for id, materials in wanted.items()
+        ],
     )
+    held = [
+        {"scene_id": scene_id, "variant_id": id, "slot": slot, "material_id": material}
+        for id, materials in wanted.items()
+        for slot, material in materials.items()
+    ]
+    add_rows(session, VariantMaterial, held)
 
 
 def _why_gone(materials: Mapping[str, str], slots: Mapping[str, set[str]], *, capped: bool) -> str:
@@ -187,7 +271,8 @@ def _why_gone(materials: Mapping[str, str], slots: Mapping[str, set[str]], *, ca
 def plan_learning(session: Session, scene_id: str, *, cap: int | None = None) -> Traffic:
     """What the scene's traffic can learn about its variants in use, or about `cap` of its combinations.
 
-    Raises InputError where the scene says nothing of its traffic, or has no variants and no cap is given.
+    Raises InputError where the scene says nothing of its traffic, or has no variants and no cap is given,
+    TooComplexError where variants for a cap cannot be worked out in reasonable time.
     """
     found = space_of(session, find(session, Scene, scene_id))
     plan, space = found.spec.traffic, found.space
@@ -332,8 +417,9 @@ def move_variants(
 ) -> Moved:
     """Take a step (`MOVES`) with every variant of the scene that the filter lets through.
 
-    Those for which it is impossible stay as they are, and are counted by why. Raises InputError where a needed reason
-    is missing, ForbiddenError where the caller lacks the role.
+    Those for which it is impossible stay as they are, and are counted by why; a note names the live release that still
+    shows what is taken out of use. Raises InputError where a needed reason is missing, ForbiddenError where the caller
+    lacks the role.
     """
     step = _allowed(session, move, reason)
     scene = find(session, Scene, scene_id, lock=True)
@@ -351,7 +437,7 @@ def move_variants(
             return f"material {waiting[0]} is not approved" if waiting else None
 
     skipped: Counter[str] = Counter()
-    moved = 0
+    done = []
     for variant in variants:
         why = _obstacle(variant, step, session.caller.user) or obstacle(variant)
         if why:
@@ -359,40 +445,47 @@ def move_variants(
             continue
         _step(session, variant, step, reason)
         variant.fingerprint = fingerprints.get(variant.id)
-        moved += 1
+        done.append(variant.id)
     session.flush()
-    return Moved(moved, dict(skipped.most_common()))
+    notes = _still_shown(session, "variant", done, [scene_id]) if step.to in WITHDRAWN else ()
+    return Moved(len(done), dict(skipped.most_common()), notes)
 
 
 def move_materials(session: Session, move: str, ids: Sequence[str], *, reason: str | None = None) -> Moved:
     """Take a step (`MOVES`) with these materials of the business; all must exist.
 
-    Variants that hold a material which is rejected or retired fall back to draft. Where a material is approved, the
-    scenes that hold it and say `approve_automatically` approve what they can.
+    Variants that hold a material which is rejected or retired fall back to draft, and a note names the live release
+    that still shows it. Where a material is approved, the scenes that hold it and say `approve_automatically` approve
+    what they can.
     """
     step = _allowed(session, move, reason)
     skipped: Counter[str] = Counter()
     done = []
+    known = {p.name for p in placeholders_of(get_business(session))}
     for id in dict.fromkeys(ids):
         material = find(session, Material, id, lock=True)
         why = _obstacle(material, step, session.caller.user)
         if why is None and step.role == Role.REVIEWER and _had_a_hand_in(session, material, session.caller.user):
             why = OWN
+        if why is None and step.to in (IN_REVIEW, APPROVED):
+            why = _unfillable(material, known)
         if why:
             skipped[why] += 1
             continue
         _step(session, material, step, reason)
         done.append(id)
     session.flush()
-    if step.to in (REJECTED, RETIRED):
+    notes: tuple[str, ...] = ()
+    if step.to in WITHDRAWN:
         for id in done:
-            reopen_variants(session, id, f"material {id} was {step.to.value}")
+            reopen_variants(session, [id], f"material {id} was {step.to.value}")
+        notes = _still_shown(session, "material", done, _scenes_holding(session, done))
     if step.to == APPROVED:
         for scene in session.scalars(select(Scene).order_by(Scene.id)):
             spec = spec_of(scene)
             if spec.approve_automatically and any(not set(done).isdisjoint(slot.materials) for slot in spec.slots):
                 approve_by_rule(session, scene.id)
-    return Moved(len(done), dict(skipped.most_common()))
+    return Moved(len(done), dict(skipped.most_common()), notes)
 
 
 def approve_by_rule(session: Session, scene_id: str) -> int:
@@ -412,25 +505,8 @@ def approve_by_rule(session: Session, scene_id: str) -> int:
     return approved
 
 
-def reopen_variants(session: Session, material_id: str, reason: str) -> int:
-    """Take back the approval of every variant that holds the material; returns how many fell back to draft."""
-    holding = sa.exists().where(
-        VariantMaterial.business_id == Variant.business_id,
-        VariantMaterial.scene_id == Variant.scene_id,
-        VariantMaterial.variant_id == Variant.id,
-        VariantMaterial.material_id == material_id,
-    )
-    query = select(Variant).where(Variant.state.in_((APPROVED, IN_REVIEW)), holding)
-    variants = session.scalars(query.order_by(Variant.scene_id, Variant.id).with_for_update()).all()
-    for variant in variants:
-        _set(variant, DRAFT, reason)
-        variant.author = session.caller.user  # who changed what it shows; somebody else has to look at it
-    session.flush()
-    return len(variants)
-
-
 def approval_holds(session: Session, variants: Collection[Variant]) -> set[str]:
-    """The ids of the variants that are approved, and whose materials are, and are still what was approved."""
+    """The ids of the variants that are approved, and whose materials are, and that still show what was approved."""
     materials = _materials_of(session, variants)
     fingerprints = _fingerprints(session, variants, materials)
     return {
@@ -459,6 +535,44 @@ def _obstacle(row: Reviewed, step: Move, user: str) -> str | None:
     if step.role == Role.REVIEWER and row.author == user:
         return OWN
     return None
+
+
+def _unfillable(material: Material, known: Collection[str]) -> str | None:
+    """Why a copy cannot be shown: it was out of use while a placeholder that it holds was removed."""
+    content = parse_content(material.content)
+    gone = sorted(placeholders_in(content) - set(known)) if isinstance(content, Copy) else []
+    return f"holds {{{gone[0]}}}, which is no placeholder any more: change the copy" if gone else None
+
+
+def _scenes_holding(session: Session, material_ids: Sequence[str]) -> list[str]:
+    """The scenes that have, or had, a variant with one of the materials."""
+    found: set[str] = set()
+    for start in range(0, len(material_ids), 500):
+        held = VariantMaterial.material_id.in_(material_ids[start : start + 500])
+        found |= set(session.scalars(select(VariantMaterial.scene_id).where(held).distinct()))
+    return sorted(found)
+
+
+def _still_shown(session: Session, what: str, ids: Sequence[str], scene_ids: Sequence[str]) -> tuple[str, ...]:
+    """A note for each live release of the scenes that shows some of the materials, or variants, with these ids."""
+    notes = []
+    for scene_id in scene_ids if ids else ():
+        last = select(LedgerEntry).where(LedgerEntry.scene_id == scene_id).order_by(LedgerEntry.seq.desc()).limit(1)
+        entry = session.scalar(last)
+        for number in (entry.stable, entry.candidate) if entry is not None else ():
+            if number is None:
+                continue
+            content = find(session, Release, scene_id, number).content
+            held = content["materials"] if what == "material" else {v["id"] for v in content["variants"]}
+            shown = [id for id in ids if id in held]
+            if shown:
+                more = f" and {len(shown) - NAMED:,} more" if len(shown) > NAMED else ""
+                named = f"{what}{'s' if len(shown) > 1 else ''} {', '.join(shown[:NAMED])}{more}"
+                notes.append(
+                    f"{named} {'is' if len(shown) == 1 else 'are'} in release {number} of scene {scene_id}, which is"
+                    " live until another release takes over"
+                )
+    return tuple(notes)
 
 
 def _had_a_hand_in(session: Session, material: Material, user: str) -> bool:
@@ -491,12 +605,27 @@ def _materials_of(session: Session, variants: Iterable[Variant]) -> dict[str, Ma
     return materials_by_id(session, {m for v in variants for m in v.materials.values()})
 
 
-def _fingerprints(session: Session, variants: Iterable[Variant], materials: Mapping[str, Material]) -> dict[str, str]:
-    """What each variant shows and means now: a hash of the content and the tags of its materials."""
-    parts = {id: [m.content_hash, sorted((t["dimension"], t["value"]) for t in m.tags)] for id, m in materials.items()}
+def _fingerprints(session: Session, variants: Collection[Variant], materials: Mapping[str, Material]) -> dict[str, str]:
+    """What each variant shows and means now: a hash of the content and the tags of its materials, and, for a copy with
+    placeholders, of what fills them."""
+    parts: dict[str, list[Any]] = {
+        id: [m.content_hash, sorted((t["dimension"], t["value"]) for t in m.tags)] for id, m in materials.items()
+    }
+    copies = {id: parse_content(m.content) for id, m in materials.items() if m.kind == MaterialKind.COPY}
+    holding = {id: names for id, c in copies.items() if isinstance(c, Copy) and (names := placeholders_in(c))}
+    filled: dict[tuple[str, str], list[Any]] = {}  # by scene and material
+    if holding:
+        placeholders = sorted(placeholders_of(get_business(session)), key=lambda p: p.name)
+        for scene_id in {v.scene_id for v in variants}:
+            product = spec_of(find(session, Scene, scene_id)).product
+            fills = {p.name: p.fills(product) for p in placeholders}
+            for id, names in holding.items():
+                filled[scene_id, id] = [[fills[name] for name in sorted(names) if name in fills]]
     return {
         v.id: hashlib.sha256(
-            json.dumps([[slot, id, *parts[id]] for slot, id in sorted(v.materials.items())]).encode()
+            json.dumps(
+                [[slot, id, *parts[id], *filled.get((v.scene_id, id), ())] for slot, id in sorted(v.materials.items())]
+            ).encode()
         ).hexdigest()
         for v in variants
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from kaleidoscope.errors import InputError
+from kaleidoscope.errors import InputError, NotFoundError
 from kaleidoscope.terminal import print_json, print_lines
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Work:
 
     session: Session
     settings: Settings
+    watched: bool = False  # somebody sits at a terminal, and can be asked
 
 
 class Output:
@@ -74,16 +76,25 @@ class Output:
             print_lines(*self.shown)
 
 
-def command(group: typer.Typer, name: str, *, write: bool = False) -> Callable[[Callable[..., Output]], Any]:
+def command(
+    group: typer.Typer,
+    name: str,
+    *,
+    write: bool = False,
+    founds: bool = False,
+    first: Callable[..., Mapping[str, object]] | None = None,
+) -> Callable[[Callable[..., Output]], Any]:
     """Register `job(work, …)` as a command with --business, --as and --json, that runs in one transaction.
 
     Its argument `business_id`, where it has one, is the business; with `installation` there is none. What it returns
-    is printed once the transaction is committed.
+    is printed once the transaction is committed. Only one that `founds` makes a database where there is none: any other
+    would find nothing in it. `first(work, …)` is called before, with a session that only reads, and gives the job more
+    arguments: those that are keyword-only are no options of the command.
     """
 
     def register(job: Callable[..., Output]) -> Callable[..., Output]:
         signature = inspect.signature(job, eval_str=True)
-        _, *parameters = signature.parameters.values()
+        _, *parameters = (p for p in signature.parameters.values() if p.kind is not p.KEYWORD_ONLY)
 
         def run(business: str | None, user: str | None, as_json: bool, **given: Any) -> None:
             from kaleidoscope.database import open_database
@@ -93,11 +104,21 @@ def command(group: typer.Typer, name: str, *, write: bool = False) -> Callable[[
             settings = load_settings()
             within = given.get("business_id") or business or settings.business
             caller = _caller(user or settings.user, None if given.get("installation") else within)
-            with (
-                open_database(settings.database_url) as database,
-                database.transaction(caller, write=write) as session,
-            ):
-                output = job(Work(session, settings), **given)
+            missing = _missing_database(settings)
+            if missing is not None and not (founds or (write and given.get("installation"))):
+                raise NotFoundError(
+                    f"There is no database {missing} yet, and so nothing to work with: is this the right folder?"
+                    " `kaleidoscope business create ID` makes it; KALEIDOSCOPE_DATABASE_URL names another."
+                )
+            watched = not as_json and _at_a_terminal()
+            with open_database(settings.database_url) as database:
+                if missing is not None:
+                    typer.echo(f"Made the database {missing}.", err=True)
+                if first is not None:
+                    with database.transaction(caller, write=False) as session:
+                        given |= first(Work(session, settings, watched), **given)
+                with database.transaction(caller, write=write) as session:
+                    output = job(Work(session, settings, watched), **given)
             output.print(as_json=as_json)
 
         common = [
@@ -111,6 +132,21 @@ def command(group: typer.Typer, name: str, *, write: bool = False) -> Callable[[
         return job
 
     return register
+
+
+def _missing_database(settings: Settings) -> Path | None:
+    """Where the SQLite file would be made that the settings name; None: it is there, or cannot be told or made."""
+    from kaleidoscope.database import Database
+
+    with Database(settings.database_url) as database:
+        name = database.url.database or ""
+        path = Path(name).absolute()
+        told = database.sqlite and not name.startswith("file:")
+        return path if told and not path.exists() and path.parent.is_dir() else None
+
+
+def _at_a_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def _refuse_unstorable(*given: object) -> None:
@@ -207,10 +243,10 @@ def validated(where: str, model: type[Model], raw: object) -> Model:
 # ── showing what services return ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def short(text: str) -> str:
+def short(text: str, most: int = SHOWN) -> str:
     """The text on one line, cut where it is long."""
     text = " ".join(text.split())
-    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def when(moment: datetime | None) -> str | None:
@@ -226,6 +262,11 @@ def words(name: str) -> str:
 def listing(values: Mapping[str, object]) -> str:
     """`name=value, name=value`."""
     return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def percent(share: float) -> str:
+    """A share of the traffic."""
+    return f"{share * 100:.6g} %"
 
 
 def items(found: Sequence[object]) -> dict[str, object]:
@@ -245,8 +286,11 @@ def none_of(rows: Sequence[object], what: str) -> list[str]:
 
 def moved_output(done: str, moved: Moved) -> Output:
     """What a step of the review did."""
+    from kaleidoscope.views import MovedView
+
     skipped = [f"Skipped {n:,}: {why}" for why, n in moved.skipped.items()]
-    return Output({"moved": moved.moved, "skipped": dict(moved.skipped)}, f"{done} {moved.moved:,}.", *skipped)
+    notes = [f"Note: {sentence(note)}" for note in moved.notes]
+    return Output(MovedView.of(moved), f"{done} {moved.moved:,}.", *skipped, *notes)
 
 
 def cut(lines: Sequence[str], most: int = 20) -> list[str]:

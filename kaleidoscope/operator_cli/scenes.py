@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -180,10 +180,9 @@ def scene_plan(
     ] = None,
 ) -> Output:
     """Estimate how long the scene's traffic takes to tell tags and materials apart, to choose a cap by."""
-    from dataclasses import asdict
-
     from kaleidoscope.review import plan_learning
     from kaleidoscope.scenes import get_scene, spec_of
+    from kaleidoscope.views import PlanView
 
     traffic = spec_of(get_scene(work.session, scene)).traffic
     plan = plan_learning(work.session, scene, cap=cap)
@@ -198,15 +197,9 @@ def scene_plan(
         )
         for kind in plan.kinds
     ]
-    value = {
-        "variants": plan.variants,
-        "random_exposures_per_day": plan.random_exposures_per_day,
-        "kinds": [{**asdict(kind), "never": kind.never} for kind in plan.kinds],
-        "aliased": plan.aliased,
-    }
     effect = "" if traffic is None else f" of {traffic.minimum_effect:.0%}"
     return Output(
-        value,
+        PlanView.of(plan),
         f"{plan.variants:,} variants share {plan.random_exposures_per_day:,.0f} random exposures a day."
         f" To find effects{effect} on clicks (power 80 %):",
         table(("effect of a", "effects", "learnable", "half of them", "all of them", "the last"), rows),
@@ -233,12 +226,18 @@ Remarked = Annotated[
 Ids = Annotated[list[str] | None, typer.Option("--id", help="Only this one; repeat it.")]
 
 
-@command(variant_group, "make", write=True)
-def variant_make(work: Work, scene: Scene) -> Output:
+def _planned(work: Work, scene: str) -> Mapping[str, object]:
+    from kaleidoscope.review import plan_variants
+
+    return {"planned": plan_variants(work.session, scene)}
+
+
+@command(variant_group, "make", write=True, first=_planned)
+def variant_make(work: Work, scene: Scene, *, planned: Any) -> Output:
     """Bring the scene's variants in line with its materials, constraints and cap; a second time changes nothing."""
     from kaleidoscope.review import make_variants
 
-    made = make_variants(work.session, scene)
+    made = make_variants(work.session, scene, planned)
     names = ("legal", "created", "kept", "restored", "retired", "approved", "remarked")
     numbers = {name: getattr(made, name) for name in names}
     cover = made.coverage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -38,8 +38,10 @@ from kaleidoscope.combiner import (
     tag_columns,
     tags_of,
     variant_id,
+    work_limit,
 )
-from kaleidoscope.errors import InputError
+from kaleidoscope.coverage import cover
+from kaleidoscope.errors import InputError, TooComplexError
 from kaleidoscope.vocabulary import Level
 
 # ── brute force: the meaning of constraints, written down a second time ──
@@ -568,3 +570,58 @@ def test_terms_without_slots_do_not_blow_up() -> None:
     assert count(Space(slots, tuple(parse(text, slots) for text in texts[1:]))) == 3**20 - 2**20
     (finding,) = diagnose(Space(slots, tuple(parse(text, slots) for text in texts[1:])))
     assert (finding.code, finding.constraints) == ("forbids_nothing", texts[1:2])
+
+
+# ------------------------------------------------------------------------------------------------ how much work
+
+
+def tangled(slots: int, materials: int, rules: int) -> Space:
+    """Rules on random pairs of materials that tie all slots together."""
+    rng = np.random.default_rng(0)
+    made = tuple(Slot(f"s{s}", tuple(Option(f"m{s}-{m}") for m in range(materials))) for s in range(slots))
+    texts = []
+    for _ in range(rules):
+        (a, b), m = rng.choice(slots, 2, replace=False), rng.choice(materials, 4)
+        texts.append(f"forbid s{a}:m{a}-{m[0]}|m{a}-{m[1]} with s{b}:m{b}-{m[2]}|m{b}-{m[3]}")
+    return Space(made, tuple(map(parse, texts)))
+
+
+QUESTIONS = [count, diagnose, pair_support, lambda space: cover(space, 50)]
+
+
+@pytest.mark.parametrize("ask", QUESTIONS, ids=["count", "diagnose", "pair_support", "cover"])
+def test_a_question_that_takes_too_long_is_refused_after_a_bounded_amount_of_work(
+    ask: Callable[[Space], object],
+) -> None:
+    space = tangled(12, 20, 60)
+    with work_limit(1e7), pytest.raises(TooComplexError, match="fewer rules"):
+        ask(space)
+
+
+def test_the_limit_is_there_without_asking_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(combiner.work_limit.__wrapped__, "__defaults__", (1e7,))  # type: ignore[attr-defined]
+    with pytest.raises(TooComplexError):
+        count(tangled(12, 20, 60))
+    assert count(tangled(12, 20, 3)) > 0
+
+
+def test_questions_in_a_block_share_one_limit_and_the_next_block_has_its_own() -> None:
+    space = tangled(6, 10, 8)
+    for _ in range(2):
+        with work_limit(1e9):
+            count(space)
+    with work_limit(0), pytest.raises(TooComplexError):
+        count(space)
+    with work_limit(0), pytest.raises(TooComplexError), work_limit(1e9):
+        count(space)
+
+
+def test_what_there_was_no_time_to_look_for_is_said() -> None:
+    tied = tangled(8, 12, 14)
+    space = Space(tied.slots, (*tied.constraints, parse("forbid s0:m0-0"), parse("forbid s0:m0-0 with s1:m1-0")))
+    everything = diagnose(space)
+    with work_limit(6e5):
+        some = diagnose(space)
+    assert {finding.code for finding in everything} == {"unusable_material", "redundant"}
+    assert "not_all_checked" in {finding.code for finding in some}
+    assert {finding for finding in some if finding.code != "not_all_checked"} < set(everything)

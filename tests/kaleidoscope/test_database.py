@@ -26,6 +26,7 @@ from kaleidoscope.database import (
     Database,
     Page,
     Session,
+    add_rows,
     check_id,
     check_version,
     find,
@@ -44,6 +45,7 @@ from kaleidoscope.tables import (
     Business,
     IdempotencyKey,
     Intervention,
+    Job,
     LedgerEntry,
     Material,
     Release,
@@ -94,6 +96,7 @@ def plant(database: Database, caller: Caller) -> None:
         add(Intervention, scene_id="home", id="pin", kind="pin", target={}, segment={}, author=business)
         add(Release, scene_id="home", number=1, content={}, content_hash="-", author=business)
         add(LedgerEntry, scene_id="home", seq=1, actor=business, action="publish", release=1, share=1.0, paused=False)
+        add(Job, id=1, kind="train", subject="home", arguments={}, state="queued", author=business, max_attempts=1)
 
 
 @pytest.fixture
@@ -849,3 +852,27 @@ def test_a_cursor_only_moves_within_the_callers_rows(seven: Database) -> None:
 @pytest.mark.parametrize("key", ["a", "ü-漢字", 'quo"te', "", 0, -5, 2**62])
 def test_a_cursor_gives_its_key_back(key: str | int) -> None:
     assert read_cursor(write_cursor(key)) == key
+
+
+def test_rows_added_in_bulk_are_of_the_callers_business_and_audited(database: Database) -> None:
+    rows = [{"id": f"s{i}", "name": "x", "spec": {"n": i}, "author": "ann", "version": 1} for i in range(3)]
+    with database.transaction(ACME) as session:
+        add_rows(session, Scene, rows)
+        add_rows(session, Scene, [])
+    with database.transaction(ACME, write=False) as session:
+        assert [row.id for row in session.scalars(select(Scene).order_by(Scene.id))] == ["s0", "s1", "s2"]
+        entries = session.scalars(
+            select(AuditEntry).where(AuditEntry.entity == "scenes").order_by(AuditEntry.seq)
+        ).all()
+        assert [(e.key, e.actor, e.action, e.business_id) for e in entries] == [
+            (f"s{i}", "ann", "created", "acme") for i in range(3)
+        ]
+        assert entries[2].after is not None and entries[2].after["spec"] == {"n": 2}
+    with database.transaction(RIVAL, write=False) as session:
+        assert session.scalars(select(Scene)).all() == []
+        with pytest.raises(RuntimeError, match="only reads"):
+            add_rows(session, Scene, rows)
+    with database.transaction(ACME) as session, pytest.raises(RuntimeError, match="belongs to no business"):
+        add_rows(session, Business, [{"id": "b"}])
+    with pytest.raises(ConflictError), database.transaction(ACME) as session:
+        add_rows(session, Scene, rows)

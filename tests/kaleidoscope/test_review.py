@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import select
 
+from kaleidoscope.access import RULE
+from kaleidoscope.businesses import audit_trail, change_business
 from kaleidoscope.combiner import variant_id
-from kaleidoscope.content import Copy
+from kaleidoscope.content import DEFAULT_PLACEHOLDERS, Copy, Placeholder
 from kaleidoscope.database import Database
-from kaleidoscope.errors import ForbiddenError, InputError, NotFoundError
+from kaleidoscope.errors import ConflictError, ForbiddenError, InputError, NotFoundError
 from kaleidoscope.materials import change_material
+from kaleidoscope.release import ReleasePlan, draft_release, rollback, start
 from kaleidoscope.review import (
     MOVES,
-    RULE,
     VariantFilter,
     approval_holds,
     count_variants,
@@ -21,9 +23,10 @@ from kaleidoscope.review import (
     make_variants,
     move_materials,
     move_variants,
+    plan_variants,
 )
 from kaleidoscope.scenes import change_scene
-from kaleidoscope.tables import Variant
+from kaleidoscope.tables import Business, Scene, Variant
 from kaleidoscope.vocabulary import ReviewState, Role
 from tests.kaleidoscope.people import person
 from tests.kaleidoscope.stock import approve_library, spec, stocked
@@ -212,6 +215,125 @@ def test_changing_a_material_takes_back_the_approval_of_every_variant_that_holds
         assert approval_holds(session, find_variants(session, "welcome").items).isdisjoint(v.id for v in back)
 
 
+def filled(database: Database, **changes: object) -> None:
+    """The scene with 16 approved variants, of which the 6 with c2 show {yield} and {first_name}."""
+    stocked(database, product={"yield": 3.85, "price": "9.99"}, **changes)
+    with database.transaction(ANN) as session:
+        change_business(session, version=None, placeholders=DEFAULT_PLACEHOLDERS)
+        text = Copy(title="{first_name}, earn {yield}")
+        change_material(session, "c2", content=text, version=None)
+        make_variants(session, "welcome")
+        move_variants(session, "welcome", "submit")
+    with database.transaction(REX) as session:
+        approve_library(session)
+        assert move_variants(session, "welcome", "approve").moved == 16
+
+
+def drafts(database: Database) -> set[tuple[str, str | None, str]]:
+    """Copy, reason and author of the drafts; every other variant is approved, and may be released."""
+    with database.transaction(ANN, write=False) as session:
+        variants = find_variants(session, "welcome").items
+        holding = approval_holds(session, variants)
+    assert {v.id for v in variants if v.state == ReviewState.APPROVED} == holding
+    assert {v.state for v in variants if v.id not in holding} <= {ReviewState.DRAFT}
+    return {(v.materials["copy"], v.reason, v.author) for v in variants if v.id not in holding}
+
+
+@pytest.mark.parametrize(
+    ("product", "reasons"),
+    [
+        ({"yield": "30 %", "price": "9.99"}, {"product value yield changed"}),
+        ({"price": "9.99"}, {"product value yield changed"}),
+        ({"yield": 3.85, "price": "1.00", "name": "Card"}, set()),  # no copy shows any of these
+        ({"yield": "3.85", "price": "9.99"}, set()),  # shown alike
+        ({"yield": 3.85, "price": "9.99", "first_name": "Bob"}, set()),  # the request says that one
+    ],
+)
+def test_a_product_value_that_copies_show_is_part_of_what_was_approved(
+    database: Database, product: dict[str, object], reasons: set[str]
+) -> None:
+    filled(database)
+    with database.transaction(person("bob")) as session:
+        change_scene(session, "welcome", spec(product=product), version=None)
+    assert drafts(database) == {("c2", reason, "bob") for reason in reasons}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reopens"),
+    [
+        ("yield", {"fallback": {"en": "guaranteed"}}, True),
+        ("yield", {"max_length": 3}, True),
+        ("yield", {"source": "request"}, True),
+        ("first_name", {"fallback": {"en": "winner"}}, True),
+        ("yield", {"description": "Another word for it"}, False),
+        ("city", {"fallback": {"en": "nowhere"}}, False),
+    ],
+)
+def test_a_placeholder_that_copies_hold_is_part_of_what_was_approved(
+    database: Database, name: str, change: dict[str, object], reopens: bool
+) -> None:
+    filled(database)
+    changed = [
+        Placeholder.model_validate({**p.model_dump(), **change}) if p.name == name else p for p in DEFAULT_PLACEHOLDERS
+    ]
+    with database.transaction(person("bob")) as session:
+        change_business(session, version=None, placeholders=changed)
+    assert drafts(database) == ({("c2", f"placeholder {name} changed", "bob")} if reopens else set())
+
+
+def test_what_was_changed_past_the_services_is_not_what_was_approved(sqlite: Database) -> None:
+    filled(sqlite)
+    with sqlite.transaction(ANN) as session:
+        scene = session.get(Scene, ("acme", "welcome"))
+        assert scene is not None
+        scene.spec = {**scene.spec, "product": {"yield": "30 %"}}
+        held = approval_holds(session, find_variants(session, "welcome").items)
+        assert len(held) == 10
+        scene.spec = {**scene.spec, "product": {"yield": 3.85}}
+        assert len(approval_holds(session, find_variants(session, "welcome").items)) == 16
+        business = session.get(Business, "acme")
+        assert business is not None
+        business.placeholders = [{**p, "max_length": 1} for p in business.placeholders]
+        assert len(approval_holds(session, find_variants(session, "welcome").items)) == 10
+
+
+def test_a_copy_whose_placeholder_is_gone_is_not_approved(sqlite: Database) -> None:
+    filled(sqlite)
+    with sqlite.transaction(ANN) as session:
+        move_materials(session, "retire", ["c2"])
+        change_business(session, version=None, placeholders=DEFAULT_PLACEHOLDERS[1:])  # without yield
+        assert move_materials(session, "restore", ["c2"]).moved == 1
+        why = "holds {yield}, which is no placeholder any more: change the copy"
+        assert move_materials(session, "submit", ["c2", "c1"]).skipped == {why: 1, "approved, not draft or rejected": 1}
+        change_material(session, "c2", content=Copy(title="{first_name}, earn"), version=None)
+        assert move_materials(session, "submit", ["c2"]).moved == 1
+
+
+def test_a_note_names_the_live_releases_that_still_show_what_is_taken_out_of_use(database: Database) -> None:
+    filled(database)
+    plan = ReleasePlan.model_validate({"shares": {"control": 0.5, "random": 0.5}, "stages": [1.0]})
+    tested = plan.model_copy(update={"stages": (0.1, 1.0)})
+    with database.transaction(REX) as session:
+        for stages in (plan, tested, plan):
+            draft_release(session, "welcome", stages)
+        start(session, "welcome", 1)
+        start(session, "welcome", 2)
+    with database.transaction(ANN) as session:
+        moved = move_materials(session, "retire", ["i3", "i2"])
+        live = "of scene welcome, which is live until another release takes over"
+        assert moved.notes == tuple(f"materials i3, i2 are in release {n} {live}" for n in (1, 2))
+        assert move_materials(session, "restore", ["i3"]).notes == ()
+        assert move_materials(session, "retire", ["i2"]).notes == ()  # it is retired already
+        rollback(session, "welcome", reason="two stages are too few")
+        id = variant_id({"copy": "c2", "image": "i1", "layout": "l1"})
+        rejected = move_variants(session, "welcome", "retire", VariantFilter(ids=(id,)))
+        assert rejected.notes == (f"variant {id} is in release 1 {live}",)
+        others = move_variants(session, "welcome", "retire", VariantFilter(("copy:c1|c3",)))
+        assert len(others.notes) == 1 and f"and {others.moved - 5} more are in release 1" in others.notes[0]
+        rollback(session, "welcome", reason="nothing is live")
+        assert move_materials(session, "retire", ["c1"]).notes == ()
+
+
 def test_retiring_a_material_takes_its_variants_out_of_what_can_be_released(database: Database) -> None:
     stocked(database, approved=True)
     with database.transaction(ANN) as session:
@@ -251,3 +373,33 @@ def test_another_business_moves_nothing(database: Database) -> None:
             with pytest.raises(NotFoundError):
                 act()
         assert count_variants(session, "welcome") == {}
+
+
+def test_variants_are_worked_out_without_a_lock_and_refused_where_something_changed_meanwhile(
+    database: Database,
+) -> None:
+    stocked(database)
+    with database.transaction(ANN, write=False) as session:
+        planned = plan_variants(session, "welcome")
+    with database.transaction(ANN) as session:
+        made = make_variants(session, "welcome", planned)
+        assert (made.created, made.warnings) == (16, ())
+        variant = find_variants(session, "welcome").items[0]
+        assert (variant.version, variant.state) == (1, ReviewState.DRAFT)
+        key = f"welcome/{variant.id}"
+        [entry] = audit_trail(session, entity="variants", key=key).items
+        assert entry.action == "created" and entry.after is not None and entry.after["materials"] == variant.materials
+    with database.transaction(ANN) as session, pytest.raises(ConflictError, match="changed meanwhile"):
+        make_variants(session, "welcome", planned)
+    with database.transaction(ANN, write=False) as session:
+        planned = plan_variants(session, "welcome")
+    with database.transaction(ANN) as session:
+        change_material(session, "c1", content=Copy(title="Another"), version=None)
+    with database.transaction(ANN) as session, pytest.raises(ConflictError, match="changed meanwhile"):
+        make_variants(session, "welcome", planned)
+
+
+def test_making_variants_says_what_is_odd_about_the_constraints(database: Database) -> None:
+    stocked(database, constraints=["forbid copy.benefit=lottery"])
+    with database.transaction(ANN) as session:
+        assert any("rules out no combination" in warning for warning in make_variants(session, "welcome").warnings)
