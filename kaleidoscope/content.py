@@ -350,6 +350,7 @@ class Placeholder(_Model):
     source: Literal["request", "product"]
     max_length: Annotated[int, Field(strict=True, ge=1, le=300)]  # characters of a value
     fallback: Annotated[dict[Language, ShortText], Field(min_length=1)]
+    feature: bool = False  # whether what a request sends for it is also a feature of the user; a name should not be
     description: Text = ""
 
     def fallback_in(self, language: str) -> str:
@@ -358,6 +359,14 @@ class Placeholder(_Model):
             if wanted in self.fallback:
                 return self.fallback[wanted]
         return self.fallback[min(self.fallback)]
+
+    def fills(self, product: Mapping[str, object]) -> list[Any]:
+        """What a reviewer can know of what will stand there, as JSON: the definition, and the product's value.
+
+        Two lists are equal where copy with this placeholder shows the same to every request.
+        """
+        value = _value_text(product.get(self.name)) if self.source == "product" else ""
+        return [self.name, self.source, self.max_length, dict(sorted(self.fallback.items())), value]
 
 
 DEFAULT_PLACEHOLDERS = (
@@ -401,6 +410,7 @@ DEFAULT_PLACEHOLDERS = (
         source="request",
         max_length=30,
         fallback={"en": "your city", "zh": "您的城市"},
+        feature=True,
         description="Where the user is",
     ),
 )

@@ -79,6 +79,33 @@ def image_path(folder: Path, business: str, image: Image) -> Path:
     return folder / check_id("business", business) / image.file[:2] / f"{image.file}{suffix}"
 
 
+def check_stored(folder: Path, business: str, image: Image) -> None:
+    """Raise InputError unless this picture is kept for the business, in the format and of the size that are said."""
+    path = image_path(folder, business, image)
+    upload = "Upload the picture, and take the content that the upload answers with."
+    if not path.is_file():
+        other = [
+            m for m in _SUFFIXES if image_path(folder, business, image.model_copy(update={"media_type": m})).is_file()
+        ]
+        if other:
+            raise InputError(f"content.media_type: the picture is kept as {other[0]}, not {image.media_type}. {upload}")
+        raise InputError(f"content.file: no picture of this name is kept for business {business!r}. {upload}")
+    try:
+        with _quiet, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with PIL.Image.open(path, formats=list(_STORED_AS)) as kept:
+                size = kept.size
+    except Exception as error:  # as in `_decode`
+        raise InputError(
+            f"content.file: the file that is kept is damaged ({type(error).__name__}). {upload}"
+        ) from error
+    if size != (image.width, image.height):
+        raise InputError(
+            f"content: width and height are said to be {image.width} × {image.height}; the picture that is kept has"
+            f" {size[0]} × {size[1]} px. {upload}"
+        )
+
+
 def _format(data: bytes) -> str:
     """Pillow's name of the format; raises InputError naming what else it is."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):

@@ -18,10 +18,11 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import select
 
-from kaleidoscope.businesses import get_business, placeholders_of
+from kaleidoscope.businesses import get_business, placeholders_of, reopen_variants
 from kaleidoscope.content import (
     Content,
     Copy,
+    Image,
     Placeholder,
     Tag,
     check_placeholders,
@@ -31,8 +32,8 @@ from kaleidoscope.content import (
 )
 from kaleidoscope.database import PAGE, Page, Session, check_id, check_version, find, paginate, refuse_existing
 from kaleidoscope.errors import ConflictError, InputError, NotFoundError, TooLargeError
-from kaleidoscope.images import MAX_BYTES, store_image
-from kaleidoscope.review import move_materials, reopen_variants
+from kaleidoscope.images import MAX_BYTES, check_stored, store_image
+from kaleidoscope.review import move_materials
 from kaleidoscope.tables import Material
 from kaleidoscope.taxonomy import (
     Taxonomy,
@@ -49,15 +50,21 @@ MAX_TAGS = 100  # of a material
 
 
 def add_material(
-    session: Session, material_id: str, content: Content, tags: Sequence[Tag] = (), *, allow_duplicate: bool = False
+    session: Session,
+    material_id: str,
+    content: Content,
+    tags: Sequence[Tag] = (),
+    *,
+    files_dir: Path | None = None,
+    allow_duplicate: bool = False,
 ) -> Material:
-    """A new material, as a draft.
+    """A new material, as a draft. An image takes `files_dir`, the folder that pictures are kept under.
 
-    Raises InputError for an id, a placeholder or a tag that cannot be, ConflictError where the id is taken, or, unless
-    `allow_duplicate`, where another material holds exactly the same.
+    Raises InputError for an id, a placeholder or a tag that cannot be, and for an image that is not what is kept;
+    ConflictError where the id is taken, or, unless `allow_duplicate`, where another material holds exactly the same.
     """
     session.caller.require(Role.EDITOR)
-    return _add(session, _rules(session), material_id, content, tags, allow_duplicate=allow_duplicate)
+    return _add(session, _rules(session, files_dir), material_id, content, tags, allow_duplicate=allow_duplicate)
 
 
 def change_material(
@@ -67,18 +74,20 @@ def change_material(
     content: Content | None = None,
     tags: Sequence[Tag] | None = None,
     version: int | None,
+    files_dir: Path | None = None,
     allow_duplicate: bool = False,
 ) -> Material:
-    """Change what is given; the caller becomes the author of what it now holds.
+    """Change what is given; the caller becomes the author of what it now holds. An image takes `files_dir`.
 
     A material that was approved or in review falls back to draft, and so does every variant that holds it. What is
     given and is the same already changes nothing.
 
-    Raises ConflictError, with both versions, where `version` is not the current one, and where the material is
-    retired or another one holds exactly the same.
+    Raises InputError as `add_material` does; ConflictError, with both versions, where `version` is not the current one,
+    and where the material is retired or another one holds exactly the same.
     """
     session.caller.require(Role.EDITOR)
-    return _change(session, _rules(session), material_id, content, tags, version, allow_duplicate=allow_duplicate)
+    rules = _rules(session, files_dir)
+    return _change(session, rules, material_id, content, tags, version, allow_duplicate=allow_duplicate)
 
 
 def get_material(session: Session, material_id: str) -> Material:
@@ -143,13 +152,16 @@ def tags_of(material: Material) -> tuple[Tag, ...]:
 class _Rules:
     """What the business allows, read once for many materials."""
 
+    business: str
     placeholders: tuple[Placeholder, ...]
     number: int
     taxonomy: Taxonomy
+    files_dir: Path | None  # where pictures are kept
 
 
-def _rules(session: Session) -> _Rules:
-    return _Rules(placeholders_of(get_business(session)), *current_taxonomy(session))
+def _rules(session: Session, files_dir: Path | None) -> _Rules:
+    business = get_business(session)
+    return _Rules(business.id, placeholders_of(business), *current_taxonomy(session), files_dir)
 
 
 def _add(
@@ -225,13 +237,17 @@ def _change(
             material.reviewer = material.reviewed_at = None
         material.author = session.caller.user
         session.flush()
-        reopen_variants(session, material_id, what)
+        reopen_variants(session, [material_id], what)
     return material
 
 
 def _check_content(rules: _Rules, content: Content) -> None:
     if isinstance(content, Copy):
         check_placeholders(content, rules.placeholders)
+    if isinstance(content, Image):
+        if rules.files_dir is None:  # of the code that calls, not of whoever uses it
+            raise ValueError("an image is checked against what is stored: give `files_dir`")
+        check_stored(rules.files_dir, rules.business, content)
 
 
 def _checked_tags(rules: _Rules, tags: Sequence[Tag]) -> list[dict[str, Any]]:
@@ -345,7 +361,7 @@ def import_materials(
     Raises InputError where the file cannot be read or its columns are not ours, TooLargeError beyond 50 MiB.
     """
     session.caller.require(Role.EDITOR)
-    importer = _Importer(session, folder, files_dir, _rules(session), allow_duplicates)
+    importer = _Importer(session, folder, files_dir, _rules(session, files_dir), allow_duplicates)
     everything = session.begin_nested()
     reports = [importer.take(record) for record in _records(csv_path)]
     applied = partial or all(report.outcome != Outcome.FAILED for report in reports)
@@ -544,5 +560,6 @@ def _columns(path: Path, header: Sequence[str]) -> list[str]:
     if twice := sorted({name for name in columns if columns.count(name) > 1}):
         raise InputError(f"{path}: column {', '.join(twice)} is there twice. Keep one.")
     if missing := [name for name in ("id", "kind") if name not in columns]:
-        raise InputError(f"{path}: lacks the column {' and '.join(missing)}. Row 1 names the columns.")
+        plural = "s" if len(missing) > 1 else ""
+        raise InputError(f"{path}: lacks the column{plural} {' and '.join(missing)}. Row 1 names the columns.")
     return columns

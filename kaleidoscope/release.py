@@ -17,16 +17,16 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
-from sqlalchemy import Select, func, select
+from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.orm import defer
 
 from kaleidoscope.businesses import get_business, placeholders_of
 from kaleidoscope.content import Placeholder
 from kaleidoscope.database import PAGE, Page, Session, check_moment, find, paginate
-from kaleidoscope.errors import ConflictError, ForbiddenError, InputError, JobError
+from kaleidoscope.errors import ConflictError, ForbiddenError, InputError, JobError, NotFoundError
 from kaleidoscope.interventions import DescribedVariant, Moment, Rule, describe_variants, segment_text, upcoming_rules
 from kaleidoscope.review import approval_holds
-from kaleidoscope.scenes import materials_by_id, possible, space_of, spec_of
+from kaleidoscope.scenes import AttributionSpec, materials_by_id, possible, space_of, spec_of
 from kaleidoscope.tables import LedgerEntry, Release, Scene, Variant, now
 from kaleidoscope.taxonomy import current_taxonomy
 from kaleidoscope.vocabulary import Bucket, MaterialKind, ReleaseState, ReviewState, Role
@@ -115,6 +115,17 @@ class Guardrail(_Model):
         return f"{' and '.join(bounds)} over {self.window_s} s"
 
 
+class Frequency(_Model):
+    """How often a unit may see a variant before it rests: `max_exposures` in the last `window_s` seconds."""
+
+    max_exposures: Annotated[int, Field(ge=1, le=10_000)]
+    window_s: Annotated[int, Field(ge=1, le=90 * 86_400)] = 86_400
+
+    def __str__(self) -> str:
+        """In words."""
+        return f"rests after {self.max_exposures} exposures in {self.window_s} s"
+
+
 class ReleasePlan(_Model):
     """What whoever drafts a release decides; everything else is taken from the scene."""
 
@@ -122,7 +133,9 @@ class ReleasePlan(_Model):
     without_random: Text | None = None  # why nothing goes to bucket random, where nothing does
     policy: PolicySpec = PolicySpec()  # of bucket model
     model_version: Text | None = None
+    best_single: Text | None = None  # the variant for users whom no model can rank for
     challenger: Challenger | None = None
+    frequency: Frequency | None = None  # of buckets model and challenger; None: a variant never rests
     guardrails: Annotated[tuple[Guardrail, ...], Field(max_length=50)] = ()
     stages: Annotated[tuple[Share, ...], Field(min_length=1, max_length=50)] = STAGES
 
@@ -168,6 +181,9 @@ class SceneSnapshot(_Model):
     name: str
     product: dict[str, str | int | float]
     slots: tuple[SlotSnapshot, ...]
+    context: tuple[str, ...] = ()  # attributes of a request that are not the user's
+    attribution: AttributionSpec = AttributionSpec()
+    fatigue_hours: float | None = None
 
 
 class MaterialSnapshot(_Model):
@@ -232,6 +248,11 @@ def draft_release(session: Session, scene_id: str, plan: ReleasePlan, note: str 
             f"The baseline of scene {scene_id!r} ({named}) is not among its {len(approved)} approved variants."
             f" {_missing(rows, holding)} Or choose another baseline."
         )
+    if plan.best_single is not None and plan.best_single not in holding:
+        raise ConflictError(
+            f"best_single: {plan.best_single!r} is not among the {len(approved)} approved variants of scene"
+            f" {scene_id!r}. Name one of them, or leave it out."
+        )
     allowed = possible(space_of(session, scene).space, [row.materials for row in approved])
     if not all(allowed):
         raise ConflictError(
@@ -256,6 +277,9 @@ def draft_release(session: Session, scene_id: str, plan: ReleasePlan, note: str 
             name=spec.name,
             product=spec.product,
             slots=tuple(SlotSnapshot(name=slot.name, kind=slot.kind) for slot in spec.slots),
+            context=spec.context,
+            attribution=spec.attribution,
+            fatigue_hours=spec.fatigue_hours,
         ),
         taxonomy=taxonomy_number,
         variants=tuple(describe_variants(session, approved)),
@@ -293,8 +317,8 @@ def _missing(rows: Sequence[Variant], holding: set[str]) -> str:
     )
     if lapsed:
         parts.append(
-            f"{lapsed} of {len(rows)} were approved, but their materials have changed or are no longer approved:"
-            " approve the materials, then the variants again."
+            f"{lapsed} of {len(rows)} were approved, but their materials, or what fills their placeholders,"
+            " have changed, or are no longer approved: approve the materials, then the variants again."
         )
     return " ".join(parts)
 
@@ -407,7 +431,7 @@ def start(session: Session, scene_id: str, number: int, *, expected_seq: int | N
     """
     session.caller.require(Role.PUBLISHER)
     before = _standing(session, scene_id, Action.START, number, expected_seq)
-    release = find(session, Release, scene_id, number)
+    release = get_release(session, scene_id, number)
     if get_business(session).two_person_publish and release.author == session.caller.user:
         raise ForbiddenError(
             f"{session.caller.user} drafted release {number}, and this business wants two people to publish. Have"
@@ -447,7 +471,7 @@ def advance(
     number = before.candidate
     if number is None:
         raise _conflict("No release is in canary. Start one.", before, Action.ADVANCE, None)
-    content = verify(find(session, Release, scene_id, number))
+    content = verify(get_release(session, scene_id, number))
     _refuse_stale(session, before, health, number)
     failed = failures(content.guardrails, health)
     if failed and rollback_if_unhealthy:
@@ -507,7 +531,7 @@ def rollback(
         history = _history(session, scene_id)
         target = _stable_before(history, before.stable) if to is None else to
         if to is not None:
-            find(session, Release, scene_id, to)
+            get_release(session, scene_id, to)
             if to == before.stable and before.candidate is None:
                 raise _conflict(f"Release {to} is live already.", before, Action.ROLL_BACK, to)
             if all(entry.stable != to for entry in history):
@@ -516,7 +540,7 @@ def rollback(
                     before, Action.ROLL_BACK, to,
                 )  # fmt: skip
         if target is not None and target != before.stable:
-            verify(find(session, Release, scene_id, target))
+            verify(get_release(session, scene_id, target))
     return _roll_back(session, before, moved if moved is not None else target, target, reason)
 
 
@@ -547,8 +571,10 @@ def live_at(session: Session, scene_id: str, at: datetime | None = None) -> Live
     if at is not None:
         query = query.where(LedgerEntry.at <= check_moment("at", at))
     entry = session.scalar(query.order_by(LedgerEntry.seq.desc()).limit(1))
-    if entry is None:
-        return None
+    return None if entry is None else _live(entry)
+
+
+def _live(entry: LedgerEntry) -> Live:
     return Live(
         entry.scene_id,
         entry.seq,
@@ -564,9 +590,21 @@ def live_at(session: Session, scene_id: str, at: datetime | None = None) -> Live
     )
 
 
+def all_live(session: Session) -> dict[str, Live]:
+    """What is live now in every scene of the business, by scene. One query."""
+    last = select(LedgerEntry.scene_id, func.max(LedgerEntry.seq)).where(LedgerEntry.business_id == session.business)
+    last = last.group_by(LedgerEntry.scene_id)
+    entries = session.scalars(select(LedgerEntry).where(tuple_(LedgerEntry.scene_id, LedgerEntry.seq).in_(last)))
+    return {entry.scene_id: _live(entry) for entry in entries}
+
+
 def get_release(session: Session, scene_id: str, number: int) -> Release:
     """The release; raises NotFoundError. `verify` reads its content."""
-    return find(session, Release, scene_id, number)
+    release = session.get(Release, (session.business, scene_id, number))
+    if release is None:
+        find(session, Scene, scene_id)
+        raise NotFoundError(f"There is no release {number} of scene {scene_id!r} in business {session.business!r}.")
+    return release
 
 
 def list_releases(session: Session, scene_id: str, *, cursor: str | None = None, limit: int = PAGE) -> Page[Release]:
@@ -587,7 +625,7 @@ def release_state(session: Session, scene_id: str, number: int) -> ReleaseState:
     """Where a release stands; raises NotFoundError."""
     exists = select(Release.number).where(Release.scene_id == scene_id, Release.number == number)
     if session.scalar(exists) is None:
-        find(session, Release, scene_id, number)
+        get_release(session, scene_id, number)
     return release_states(session, scene_id, [number])[number]
 
 
@@ -836,6 +874,8 @@ def _facts(content: ReleaseContent) -> dict[str, str]:
         facts["model"] = content.model_version
     if content.challenger is not None:
         facts["challenger"] = f"{content.challenger.model_version}, {_policy(content.challenger.policy)}"
+    if content.frequency is not None:
+        facts["frequency"] = f"a variant {content.frequency}"
     facts |= {f"guardrail {rail.metric}": str(rail) for rail in content.guardrails}
     facts["stages"] = ", ".join(map(_percent, content.stages))
     facts["baseline"] = content.baseline

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from sqlalchemy import select
 
-from kaleidoscope.businesses import get_business, placeholders_of
+from kaleidoscope.businesses import get_business, placeholders_of, reopen_filled
 from kaleidoscope.combiner import Constraint, Forbidden, MaterialTerm, Option, Slot, Space, is_legal, parse
 from kaleidoscope.content import explain, parse_content
 from kaleidoscope.database import (
@@ -39,6 +39,7 @@ from kaleidoscope.yaml_text import load_yaml
 
 Id = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Line = Annotated[str, StringConstraints(strip_whitespace=True, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+MOST = 10  # problems, and materials in one, that a message names
 USABLE = (ReviewState.DRAFT, ReviewState.IN_REVIEW, ReviewState.APPROVED)
 
 
@@ -71,6 +72,17 @@ class TrafficSpec(_Model):
     minimum_effect: Annotated[float, Field(gt=0, le=10)] = 0.1  # relative
 
 
+Hours = Annotated[float, Field(gt=0, le=400 * 24, allow_inf_nan=False)]
+
+
+class AttributionSpec(_Model):
+    """How long after a decision an event still counts."""
+
+    exposure_hours: Hours = 24.0
+    click_hours: Hours = 24.0  # and dwell
+    conversion_hours: Hours = 168.0
+
+
 class SceneSpec(_Model):
     """A scene as people write it."""
 
@@ -83,6 +95,9 @@ class SceneSpec(_Model):
     cap: Annotated[int, Field(ge=2, le=100_000)] | None = None
     baseline: dict[Id, Id] | None = None  # the combination that control shows
     traffic: TrafficSpec | None = None
+    context: Annotated[tuple[Id, ...], Field(max_length=20)] = ()  # attributes of a request that are not the user's
+    attribution: AttributionSpec = AttributionSpec()
+    fatigue_hours: Hours | None = None  # back to when what a user saw is a feature of theirs; None: it is none
     approve_automatically: bool = False  # variants of approved materials that no soft check remarks on
 
 
@@ -113,15 +128,21 @@ def create_scene(session: Session, scene_id: str, spec: SceneSpec) -> Scene:
 
 
 def change_scene(session: Session, scene_id: str, spec: SceneSpec, *, version: int | None) -> Scene:
-    """Replace a scene's spec. Raises ConflictError with both versions where `version` is not the current one."""
+    """Replace a scene's spec; variants whose copies show a product value that is changed fall back to draft.
+
+    Raises ConflictError with both versions where `version` is not the current one.
+    """
     session.caller.require(Role.EDITOR)
     scene = find(session, Scene, scene_id, lock=True)
     check_version(scene, version, {"spec": _document(spec)}, {"spec": scene.spec})
     _check(session, spec)
     document = _document(spec)
     if scene.spec != document:
+        before, after = scene.spec["product"], document["product"]
         scene.name, scene.spec, scene.author = spec.name, document, session.caller.user
         session.flush()
+        changed = [p.name for p in placeholders_of(get_business(session)) if p.fills(before) != p.fills(after)]
+        reopen_filled(session, {name: f"product value {name} changed" for name in changed}, scene_id=scene_id)
     return scene
 
 
@@ -133,6 +154,11 @@ def get_scene(session: Session, scene_id: str) -> Scene:
 def list_scenes(session: Session, *, cursor: str | None = None, limit: int = PAGE) -> Page[Scene]:
     """The scenes of the business, by id."""
     return paginate(session, select(Scene), Scene.id, cursor=cursor, limit=limit)
+
+
+def attributions(session: Session) -> dict[str, AttributionSpec]:
+    """How long events count, by scene of the business."""
+    return {scene.id: spec_of(scene).attribution for scene in session.scalars(select(Scene))}
 
 
 def spec_of(scene: Scene) -> SceneSpec:
@@ -151,17 +177,16 @@ def _check(session: Session, spec: SceneSpec) -> None:
     problems += [f"slots: {n!r} is there twice. Name every slot differently." for n in _twice(names)]
     materials = materials_by_id(session, {m for slot in spec.slots for m in slot.materials})
     for slot in spec.slots:
-        problems += [
-            f"slot {slot.name!r}: material {m!r} is there twice. Name it once." for m in _twice(slot.materials)
-        ]
-        for material_id in dict.fromkeys(slot.materials):
-            material = materials.get(material_id)
-            if material is None:
-                problems.append(f"slot {slot.name!r}: there is no material {material_id!r}. Add it first.")
-            elif material.kind != slot.kind:
-                problems.append(
-                    f"slot {slot.name!r}: material {material_id!r} is {material.kind}, the slot takes {slot.kind}."
-                )
+        where, distinct = f"slot {slot.name!r}", list(dict.fromkeys(slot.materials))
+        if twice := _twice(slot.materials):
+            problems.append(f"{where}: {_materials(twice)} is there twice. Name it once.")
+        if missing := [m for m in distinct if m not in materials]:
+            problems.append(f"{where}: there is no {_materials(missing)}. Add {_it(missing)} first.")
+        for kind in MaterialKind:
+            alien = [m for m in distinct if kind != slot.kind and m in materials and materials[m].kind == kind]
+            if alien:
+                verb = "is" if len(alien) == 1 else "are"
+                problems.append(f"{where}: {_materials(alien)} {verb} {kind}, the slot takes {slot.kind}.")
     if spec.baseline is not None:
         if set(spec.baseline) != set(names):
             problems.append(f"baseline: give one material for each slot: {', '.join(names)}.")
@@ -172,7 +197,23 @@ def _check(session: Session, spec: SceneSpec) -> None:
     if not problems:
         problems += _constraint_problems(session, spec, materials)
     if problems:
-        raise InputError("\n".join(problems))
+        raise InputError(_joined(problems))
+
+
+def _joined(problems: Sequence[str]) -> str:
+    """A problem a line, and how many more there are."""
+    more = [f"… and {len(problems) - MOST:,} more problems"] if len(problems) > MOST else []
+    return "\n".join([*problems[:MOST], *more])
+
+
+def _materials(ids: Sequence[str]) -> str:
+    """`material 'a'`, or `material 'a', 'b' … and 12 more` where there are too many to name."""
+    more = f" and {len(ids) - MOST:,} more" if len(ids) > MOST else ""
+    return f"material {', '.join(map(repr, ids[:MOST]))}{more}"
+
+
+def _it(ids: Sequence[str]) -> str:
+    return "it" if len(ids) == 1 else "them"
 
 
 def _constraint_problems(session: Session, spec: SceneSpec, materials: Mapping[str, Material]) -> list[str]:
@@ -234,7 +275,7 @@ def space_of(session: Session, scene: Scene) -> SceneSpace:
     stale = _constraint_problems(session, spec, every)
     if stale:
         # Never ignored: a rule that names a tag of an older vocabulary would forbid nothing.
-        raise InputError("\n".join(f"scene {scene.id!r}: {problem}" for problem in stale))
+        raise InputError(_joined([f"scene {scene.id!r}: {problem}" for problem in stale]))
     materials = {id: m for id, m in every.items() if m.state in USABLE}
     contents = {id: parse_content(m.content) for id, m in materials.items()}
     slots = _slots(session, spec, materials)

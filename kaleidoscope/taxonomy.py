@@ -22,9 +22,10 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, TypeAdapter, Valid
 from pydantic_core import ErrorDetails
 from sqlalchemy import Select, func, select
 
+from kaleidoscope.combiner import MatchTerm, TagTerm, parse
 from kaleidoscope.database import SLUG, Session, find
 from kaleidoscope.errors import ConflictError, InputError, NotFoundError
-from kaleidoscope.tables import Material, TaxonomyVersion
+from kaleidoscope.tables import Intervention, Material, Scene, TaxonomyVersion, now
 from kaleidoscope.vocabulary import Layer, Role
 from kaleidoscope.yaml_text import load_yaml, parse_yaml
 
@@ -837,6 +838,76 @@ def affected_materials(session: Session, changes: Sequence[Change]) -> list[Affe
         if then.unknown or overfull:
             affected.append(AffectedMaterial(row.id, then.unknown, overfull))
     return affected
+
+
+@dataclass(frozen=True)
+class AffectedRule:
+    """A constraint of a scene, or an intervention, that names what changes of the taxonomy do something to."""
+
+    scene: str
+    constraint: str | None  # the expression; None: it is an intervention
+    intervention: str | None  # its id; None: it is a constraint
+    becomes: dict[str, str]  # "dimension=value", or "dimension" → what becomes of it, in words
+
+    def __str__(self) -> str:
+        """In words."""
+        rule = f"constraint {self.constraint!r}" if self.constraint is not None else f"intervention {self.intervention}"
+        return f"scene {self.scene}: {rule}: " + "; ".join(f"{named} {then}" for named, then in self.becomes.items())
+
+
+def affected_rules(session: Session, changes: Sequence[Change]) -> list[AffectedRule]:
+    """The constraints, and the interventions not over, that name a tag which the changes rename, split, merge, move or
+    retire, by scene; nothing is changed. Somebody has to write them anew: they name the old tag still."""
+    _, before = current_taxonomy(session)
+    after, mapping = apply(before, changes)
+
+    def becomes(names: Iterable[str]) -> dict[str, str]:
+        found = {name: _becomes(name, before, after, mapping) for name in dict.fromkeys(names)}
+        return {name: words for name, words in found.items() if words is not None}
+
+    affected = []
+    specs = select(Scene.id, Scene.spec).where(Scene.business_id == session.business)
+    rules = select(Intervention.scene_id, Intervention.id, Intervention.target).where(
+        Intervention.business_id == session.business,
+        Intervention.ended.is_(False),
+        Intervention.ends_at.is_(None) | (Intervention.ends_at > now()),
+    )
+    for scene_id, spec in session.execute(specs.order_by(Scene.id)):
+        for text in spec["constraints"]:
+            if found := becomes(_names_in(text)):
+                affected.append(AffectedRule(scene_id, text, None, found))
+    for scene_id, id, target in session.execute(rules.order_by(Intervention.scene_id, Intervention.id)):
+        if found := becomes(f"{dimension}={value}" for dimension, value in (target.get("tag") or {}).items()):
+            affected.append(AffectedRule(scene_id, None, id, found))
+    return sorted(affected, key=lambda rule: (rule.scene, rule.constraint is None))
+
+
+def _names_in(constraint: str) -> list[str]:
+    """The tags, and the dimensions without a value, that an expression names."""
+    parsed, names = parse(constraint), []
+    for term in (*parsed.terms, *parsed.when):
+        if isinstance(term, TagTerm):
+            names += [f"{term.dimension}={value}" for value in term.values] or [term.dimension]
+        elif isinstance(term, MatchTerm):
+            names += [term.first[1], term.second[1]]
+    return names
+
+
+def _becomes(name: str, before: Taxonomy, after: Taxonomy, mapping: Mapping) -> str | None:
+    """What becomes of a tag or a dimension, in words; None: nothing."""
+    dimension, equals, value = name.partition("=")
+    targets = mapping.targets(name) if equals else tuple(mapping.dimensions(dimension))
+    if len(targets) > 1:
+        return f"{'is split into' if equals else 'has values that are in'} {', '.join(targets)}"
+    if targets != (name,):
+        return f"becomes {targets[0]}"
+    return "is retired" if _retired(after, dimension, value) and not _retired(before, dimension, value) else None
+
+
+def _retired(taxonomy: Taxonomy, dimension_id: str, value_id: str) -> bool:
+    dimension = taxonomy.dimension(dimension_id)
+    value = dimension.value(value_id) if dimension is not None and value_id else None
+    return (dimension is not None and dimension.retired) or (value is not None and value.retired)
 
 
 def _now(tags: Iterable[Tag], mapping: Mapping) -> TagsNow:

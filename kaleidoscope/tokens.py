@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import select
 
-from kaleidoscope.access import Caller
+from kaleidoscope.access import Caller, check_user
 from kaleidoscope.database import Session
 from kaleidoscope.errors import InputError, NotFoundError, UnauthenticatedError
 from kaleidoscope.tables import ApiToken, now
@@ -17,7 +17,8 @@ from kaleidoscope.vocabulary import Role
 PREFIX = "kld_"
 TOKEN_DAYS = 90
 MAX_TOKEN_DAYS = 3650
-MAX_USER = 200  # characters
+MIN_TOKEN_LIFE_S = 60
+DAY_S = 86_400
 
 
 def create_token(
@@ -25,7 +26,8 @@ def create_token(
 ) -> tuple[ApiToken, str]:
     """A new token of the session's business, and its text, which is never shown again.
 
-    Raises InputError for an empty user, no role, or a life that is not between 0 and ten years.
+    Raises InputError for a user that cannot be a name (`access.check_user`), no role, or a life that is not between one
+    minute and ten years.
     """
     caller = session.caller
     if installation:
@@ -33,18 +35,17 @@ def create_token(
     caller.require(Role.ADMIN)
     if not user.strip():
         raise InputError("user: say whose token it is.")
-    if len(user.strip()) > MAX_USER:
-        raise InputError(f"user: {len(user.strip())} characters are too many for a name; at most {MAX_USER} are kept.")
+    user = check_user(user)
     if not roles:
         raise InputError(f"roles: give at least one of {', '.join(Role)}.")
-    if not 0 < days <= MAX_TOKEN_DAYS:
-        raise InputError(f"days: {days:g} is not between 0 and {MAX_TOKEN_DAYS}.")
+    if not MIN_TOKEN_LIFE_S / DAY_S <= days <= MAX_TOKEN_DAYS:
+        raise InputError(f"days: {days:g} is not between one minute (0.0007) and ten years ({MAX_TOKEN_DAYS}).")
     secret = PREFIX + secrets.token_urlsafe(32)
     token = ApiToken(
         id=secrets.token_hex(8),
         business_id=None if installation else session.business,
-        user=user.strip(),
-        token_hash=_hash(secret),
+        user=user,
+        token_hash=secret_hash(secret),
         roles=sorted(roles),
         expires_at=now() + timedelta(days=days),
     )
@@ -56,7 +57,7 @@ def create_token(
 def authenticate(session: Session, secret: str) -> Caller:
     """Whose token this is; raises UnauthenticatedError for one that is unknown, expired or revoked."""
     # 256 random bits need no slow hash: there is nothing to guess.
-    token = session.scalar(select(ApiToken).where(ApiToken.token_hash == _hash(secret)))
+    token = session.scalar(select(ApiToken).where(ApiToken.token_hash == secret_hash(secret)))
     if token is None or token.revoked_at is not None:
         raise UnauthenticatedError("This token is unknown or was revoked. Ask an admin for a new one.")
     if token.expires_at is not None and token.expires_at <= datetime.now(UTC):
@@ -83,5 +84,6 @@ def revoke_token(session: Session, token_id: str) -> ApiToken:
     return token
 
 
-def _hash(secret: str) -> str:
+def secret_hash(secret: str) -> str:
+    """What is kept of a token's text."""
     return hashlib.sha256(secret.encode()).hexdigest()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import PIL.Image
 
 from kaleidoscope.businesses import get_business
 from kaleidoscope.content import Copy, Image, ImageRegion, Layout, Stack, Tag, TextRegion
 from kaleidoscope.database import Database, Session
+from kaleidoscope.images import store_image
 from kaleidoscope.materials import add_material
 from kaleidoscope.review import move_materials
 from kaleidoscope.scenes import SceneSpec, create_scene, parse_scene
@@ -43,9 +50,23 @@ def layout(height: int = 300, font_size: float = 20) -> Layout:
     )
 
 
-def picture(name: str) -> Image:
-    """An image that no test opens."""
-    return Image(file=f"{sum(name.encode()):064x}", media_type="image/png", width=300, height=300)
+@functools.cache
+def _files() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="kaleidoscope-pictures-")  # gone with the process
+
+
+def files() -> Path:
+    """The folder that the pictures of this module are kept under."""
+    return Path(_files().name)
+
+
+@functools.cache
+def picture(name: str, business: str = "acme") -> Image:
+    """A square image that is kept for the business; names with other characters are other images."""
+    number = sum(name.encode())
+    data = BytesIO()
+    PIL.Image.new("RGB", (300, 300), (number // 256, number % 256, 0)).save(data, "PNG")
+    return store_image(files(), business, data.getvalue())
 
 
 def add_library(session: Session, *, prefix: str = "") -> None:
@@ -54,7 +75,8 @@ def add_library(session: Session, *, prefix: str = "") -> None:
     for id, (title, tags) in COPIES.items():
         add_material(session, prefix + id, Copy(title=prefix + title), _tags(tags))
     for id, tags in IMAGES.items():
-        add_material(session, prefix + id, picture(prefix + id), _tags(tags))
+        image = picture(prefix + id, session.business)
+        add_material(session, prefix + id, image, _tags(tags), files_dir=files())
     for id, height in (("l1", 300), ("l2", 320)):
         add_material(session, prefix + id, layout(height + len(prefix)), [])
 

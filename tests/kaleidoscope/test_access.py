@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import sqlalchemy as sa
 
-from kaleidoscope.access import Caller, operator
+from kaleidoscope.access import RULE, Caller, check_user, operator
 from kaleidoscope.database import Database
 from kaleidoscope.errors import ForbiddenError, InputError, NotFoundError, UnauthenticatedError
 from kaleidoscope.tables import ApiToken, now
@@ -194,6 +194,7 @@ def test_only_admins_have_to_do_with_tokens(database: Database) -> None:
         ("x" * 201, EDITOR, 1, "user: .*at most 200"),
         ("x", frozenset(), 1, "roles: give at least one of viewer"),
         ("x", EDITOR, 0, "days: 0 is not between"),
+        ("x", EDITOR, 59 / 86_400, "days: 0.000682\\d* is not between one minute"),
         ("x", EDITOR, -1, "days: -1 is not between"),
         ("x", EDITOR, 3651, "days: 3651 is not between"),
         ("x", EDITOR, float("nan"), "days: nan is not between"),
@@ -207,6 +208,76 @@ def test_a_token_needs_somebody_a_role_and_an_end(
         create_token(session, user, roles, days=days)
     with sqlite.transaction(ADMIN) as session:
         assert list_tokens(session) == []
+
+
+def test_a_token_for_a_minute_is_the_shortest(sqlite: Database) -> None:
+    with sqlite.transaction(ADMIN) as session:
+        token, _ = create_token(session, "x", EDITOR, days=60 / 86_400)
+        assert token.expires_at is not None and token.expires_at > datetime.now(UTC)
+
+
+SEEN = "which cannot be seen"
+UNLIKE_WHAT_IT_LOOKS = [
+    ("an\u200bna", SEEN),  # zero-width space
+    ("an\u200dna", SEEN),
+    ("\ufeffanna", SEEN),
+    ("an\u00adna", SEEN),  # soft hyphen
+    ("anna\u202e", SEEN),
+    ("\u2066anna\u2069", SEEN),
+    ("anna\u200f", SEEN),
+    ("anna\u3164", SEEN),  # Hangul filler, a letter to Unicode
+    ("anna\ufe0f", SEEN),
+    ("anna\U000e0061", SEEN),  # a tag character
+    ("an\x1bna", SEEN),
+    ("an\nna", SEEN),
+    ("an\u2028na", SEEN),
+    ("аnna", "mixes Cyrillic and Latin"),
+    ("anna Рetrova", "mixes Cyrillic and Latin"),
+    ("annα", "mixes Greek and Latin"),
+    ("ааа\u03b1", "mixes Cyrillic and Greek"),
+]
+PLAIN = [
+    "anna",
+    "王小明",
+    "Анна Петрова",
+    "Νίκος",
+    "José Ñandú",
+    "O'Brien-Smith",
+    "anna@bank.example",
+    "نور",
+    "王 Anna",
+]
+
+
+@pytest.mark.parametrize(("name", "message"), UNLIKE_WHAT_IT_LOOKS)
+def test_a_name_that_is_not_what_it_looks_like_is_nobodys(sqlite: Database, name: str, message: str) -> None:
+    with pytest.raises(InputError, match=f"user: .*{message}"):
+        operator(name, "acme")
+    with sqlite.transaction(ADMIN) as session, pytest.raises(InputError, match=f"user: .*{message}"):
+        create_token(session, name, EDITOR)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_names_in_any_one_alphabet_stay_as_they_are(sqlite: Database, name: str) -> None:
+    assert operator(name, "acme").user == name
+    with sqlite.transaction(ADMIN) as session:
+        assert create_token(session, f" {name} ", EDITOR)[0].user == name
+
+
+@pytest.mark.parametrize("name", ["ａｎｎａ lee", "anna\u00a0 lee", "  anna\u3000lee ", "anna  lee"])
+def test_ways_to_write_a_name_that_look_alike_are_one_name(name: str) -> None:
+    assert check_user(name) == "anna lee"
+    assert check_user("Jose\u0301") == "José"
+
+
+@pytest.mark.parametrize(
+    "name", [RULE, f" {RULE.upper()}", RULE.replace(":", "："), RULE.replace(" ", "  "), RULE + "."]
+)
+def test_nobody_is_called_as_the_rule_that_approves(sqlite: Database, name: str) -> None:
+    with sqlite.transaction(ADMIN) as session, pytest.raises(InputError, match="approvals by the rule"):
+        create_token(session, name, EDITOR)
+    with pytest.raises(InputError, match="approvals by the rule"):
+        operator(name, None)
 
 
 def test_the_trail_says_who_made_and_who_ended_a_token(database: Database) -> None:

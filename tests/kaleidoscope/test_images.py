@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from kaleidoscope.content import Image
 from kaleidoscope.errors import InputError, TooLargeError
-from kaleidoscope.images import image_path, store_image
+from kaleidoscope.images import check_stored, image_path, store_image
 
 
 def encoded(format_: str, size: tuple[int, int] = (40, 30), mode: str = "RGB", color: Any = None, **more: Any) -> bytes:
@@ -289,3 +289,32 @@ def test_an_image_that_was_never_checked_cannot_lead_out_of_the_folder(tmp_path:
     image = Image(file="a" * 64, media_type="image/png", width=1, height=1).model_copy(update=change)
     with pytest.raises(InputError):
         image_path(tmp_path, "acme", image)
+
+
+@pytest.mark.parametrize("format_", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_what_an_upload_answered_is_what_is_kept(tmp_path: Path, format_: str) -> None:
+    check_stored(tmp_path, "acme", store_image(tmp_path, "acme", encoded(format_)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"file": "0" * 64}, "content.file: no picture of this name is kept for business 'acme'. Upload the picture"),
+        ({"media_type": "image/webp"}, "content.media_type: the picture is kept as image/png, not image/webp. Upload"),
+        ({"width": 41}, "said to be 41 × 30; the picture that is kept has 40 × 30 px. Upload"),
+        ({"height": 60}, "said to be 40 × 60; the picture that is kept has 40 × 30 px. Upload"),
+    ],
+)
+def test_what_is_said_of_a_picture_has_to_be_true(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    image = store_image(tmp_path, "acme", encoded("PNG"))
+    with pytest.raises(InputError, match=message):
+        check_stored(tmp_path, "acme", image.model_copy(update=change))
+
+
+def test_a_picture_of_another_business_or_a_damaged_one_is_not_kept(tmp_path: Path) -> None:
+    image = store_image(tmp_path, "acme", encoded("PNG"))
+    with pytest.raises(InputError, match="kept for business 'rival'"):
+        check_stored(tmp_path, "rival", image)
+    image_path(tmp_path, "acme", image).write_bytes(b"nothing")
+    with pytest.raises(InputError, match="damaged"):
+        check_stored(tmp_path, "acme", image)

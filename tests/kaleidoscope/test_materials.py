@@ -17,7 +17,7 @@ from kaleidoscope.content import DEFAULT_PLACEHOLDERS, Content, Copy, Image, Sty
 from kaleidoscope.database import Database, Session, open_database
 from kaleidoscope.design_checks import check_variant
 from kaleidoscope.errors import ConflictError, ForbiddenError, InputError, NotFoundError, TooLargeError
-from kaleidoscope.images import image_path
+from kaleidoscope.images import image_path, store_image
 from kaleidoscope.materials import (
     KNOWN_COLUMNS,
     ImportReport,
@@ -130,6 +130,30 @@ def test_refuses_what_cannot_be_stored(
     with pytest.raises(InputError) as caught:
         add(sqlite, material_id, content, *tags)
     assert words in caught.value.message
+
+
+def png(color: str) -> bytes:
+    out = BytesIO()
+    PIL.Image.new("RGB", (40, 30), color).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_an_image_is_what_the_business_has_uploaded(database: Database, tmp_path: Path) -> None:
+    red, green = (store_image(tmp_path, "acme", png(color)) for color in ("red", "green"))
+    theirs = store_image(tmp_path, "rival", png("blue"))
+    larger = red.model_copy(update={"width": 400})
+    with database.transaction(ANA) as session:
+        for wrong, message in ((larger, "has 40 × 30 px"), (theirs, "Upload the picture")):
+            with pytest.raises(InputError, match=message):
+                add_material(session, "i1", wrong, files_dir=tmp_path)
+        add_material(session, "i1", red, files_dir=tmp_path)
+        for wrong, message in ((larger, "has 40 × 30 px"), (theirs, "Upload the picture")):
+            with pytest.raises(InputError, match=message):
+                change_material(session, "i1", content=wrong, version=None, files_dir=tmp_path)
+        change_material(session, "i1", content=green, version=None, files_dir=tmp_path)
+        assert content_of(get_material(session, "i1")) == green
+        with pytest.raises(ValueError, match="files_dir"):
+            add_material(session, "i2", red)
 
 
 def test_an_id_is_taken_once(database: Database) -> None:

@@ -29,6 +29,7 @@ from kaleidoscope.materials import change_material
 from kaleidoscope.release import (
     STAGES,
     Challenger,
+    Frequency,
     Guardrail,
     Health,
     HealthCheck,
@@ -172,6 +173,8 @@ def states(database: Database, *numbers: int) -> list[ReleaseState]:
         ({"stages": [0.5, 0.5, 1]}, "rise"),
         ({"stages": [0.5, 0.9]}, "exactly 1"),
         ({"stage": [1]}, "not permitted"),
+        ({"frequency": {"max_exposures": 0}}, "greater than or equal to 1"),
+        ({"frequency": {"max_exposures": 3, "window_s": 0}}, "greater than or equal to 1"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(wrong: dict[str, Any], says: str) -> None:
@@ -749,6 +752,7 @@ def test_a_difference_reads_well(sqlite: Database) -> None:
         shares=Shares(control=0.1, random=0.1, model=0.8),
         model_version="m7",
         policy=PolicySpec(kind=PolicyKind.THOMPSON, epsilon=0.2),
+        frequency=Frequency(max_exposures=3),
         guardrails=(Guardrail(metric="errors", max=5),),
     )
     after = verify(do(sqlite, lambda s: draft_release(s, SCENE, plan)))
@@ -764,6 +768,7 @@ def test_a_difference_reads_well(sqlite: Database) -> None:
         "policy: epsilon_greedy (epsilon 0.1) → thompson (epsilon 0.2)",
         "material c3: removed",
         "model: added (m7)",
+        "frequency: added (a variant rests after 3 exposures in 86400 s)",
         "guardrail errors: added (at most 5 over 3600 s)",
         "intervention ban: added (block tag subject=gold, for age=young, priority 3)",
     ]

@@ -90,6 +90,29 @@ def test_a_spec_that_contradicts_the_library_is_refused_with_the_reason(
             create_scene(session, "welcome", spec(**changes))
 
 
+def test_of_many_problems_some_are_named_and_the_others_counted(sqlite: Database) -> None:
+    slots = [
+        {"name": "copy", "kind": "copy", "materials": ["c1", *(f"m{n:02}" for n in range(22))]},
+        {"name": "image", "kind": "image", "materials": ["c1", "c2", "l1", "i1", "i1"]},
+    ]
+    with sqlite.transaction(person("ann")) as session:
+        add_library(session)
+        with pytest.raises(InputError) as caught:
+            create_scene(session, "welcome", spec(slots=slots, constraints=[], baseline=None))
+        first, *others = caught.value.message.splitlines()
+        assert first.startswith("slot 'copy': there is no material 'm00', 'm01', ") and "'m10'" not in first
+        assert first.endswith("'m09' and 12 more. Add them first.")
+        assert others == [
+            "slot 'image': material 'i1' is there twice. Name it once.",
+            "slot 'image': material 'c1', 'c2' are copy, the slot takes image.",
+            "slot 'image': material 'l1' is layout, the slot takes image.",
+        ]
+        with pytest.raises(InputError) as caught:
+            create_scene(session, "welcome", spec(constraints=[f"forbid copy:x{n}" for n in range(30)]))
+        assert len(caught.value.message.splitlines()) == 11
+        assert caught.value.message.endswith("… and 20 more problems")
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [

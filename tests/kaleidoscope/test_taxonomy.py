@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from kaleidoscope.database import Database, Session
 from kaleidoscope.errors import ConflictError, ForbiddenError, InputError, NotFoundError
-from kaleidoscope.tables import AuditEntry, Material, TaxonomyVersion
+from kaleidoscope.tables import AuditEntry, Intervention, Material, Scene, TaxonomyVersion, now
 from kaleidoscope.taxonomy import (
     BUILT_IN,
     Change,
@@ -27,6 +28,7 @@ from kaleidoscope.taxonomy import (
     Unknown,
     Value,
     affected_materials,
+    affected_rules,
     apply,
     check_changes,
     compose,
@@ -419,9 +421,9 @@ def test_composition_does_not_depend_on_where_it_is_cut(history: History, data: 
 def test_every_old_tag_is_something_in_every_later_version(history: History) -> None:
     versions, mappings, _ = history
     for number, old in enumerate(versions):
-        for now in translate(old.tags, mappings[number:]):
-            assert known(now) <= set(versions[-1].tags)
-            assert not isinstance(now, Unknown) or len(now.of) > 1
+        for tag in translate(old.tags, mappings[number:]):
+            assert known(tag) <= set(versions[-1].tags)
+            assert not isinstance(tag, Unknown) or len(tag.of) > 1
 
 
 @LAWS
@@ -861,6 +863,70 @@ def test_affected_materials_are_shown_before_saving(database: Database) -> None:
         assert [(a.material, a.overfull) for a in affected_materials(session, single)] == [("gifts", ("offer",))]
         moved = check_changes([{"op": "move", "dimension": "offer", "value": "gift", "to": "tone"}])
         assert [(a.material, a.overfull) for a in affected_materials(session, moved)] == [("both", ("tone",))]
+
+
+def test_rules_that_name_what_changes_are_shown_before_saving(database: Database) -> None:
+    found(database)
+    constraints = [
+        "forbid copy.tone=warm|cold with offer=gift",
+        "require image.offer=* when copy.tone=cold",
+        "forbid copy.offer matches image.offer",
+        "forbid copy:warm",
+    ]
+    rules: dict[str, dict[str, Any]] = {
+        "of-a-tag": {"target": {"tag": {"tone": "warm"}}},
+        "ended": {"target": {"tag": {"tone": "warm"}}, "ended": True},
+        "over": {"target": {"tag": {"tone": "warm"}}, "ends_at": now() - timedelta(days=1)},
+        "to-end": {"target": {"tag": {"tone": "cold"}}, "ends_at": now() + timedelta(days=1)},
+        "of-a-material": {"target": {"material": "warm"}},
+    }
+
+    def told(session: Session, *changes: dict[str, Any]) -> list[str]:
+        return [str(rule) for rule in affected_rules(session, check_changes(changes))]
+
+    with database.transaction(EDITOR) as session:
+        for scene in ("home", "away"):
+            spec = {"constraints": constraints if scene == "home" else []}
+            session.add(Scene(business_id="acme", id=scene, name=scene, spec=spec, author="ed"))
+        session.flush()
+        for id, more in rules.items():
+            row = {"business_id": "acme", "scene_id": "home", "id": id, "kind": "block", "segment": {}, "author": "ed"}
+            session.add(Intervention(**row, **more))
+        session.flush()
+        first, second, third, _ = (f"scene home: constraint {text!r}:" for text in constraints)
+        split = {"op": "split", "dimension": "tone", "value": "warm", "into": [plain("a"), plain("b")]}
+        into = "tone=warm is split into tone=a, tone=b"
+        assert told(session, split) == [f"{first} {into}", f"scene home: intervention of-a-tag: {into}"]
+        rename = {"op": "rename", "dimension": "tone", "value": "cold", "id": "cool"}
+        assert told(session, rename) == [
+            f"{first} tone=cold becomes tone=cool",
+            f"{second} tone=cold becomes tone=cool",
+            "scene home: intervention to-end: tone=cold becomes tone=cool",
+        ]
+        assert told(session, {"op": "retire", "dimension": "offer"}) == [
+            f"{first} offer=gift is retired",
+            f"{second} offer is retired",
+            f"{third} offer is retired",
+        ]
+        assert told(session, {"op": "rename", "dimension": "offer", "id": "deal"}) == [
+            f"{first} offer=gift becomes deal=gift",
+            f"{second} offer becomes deal",
+            f"{third} offer becomes deal",
+        ]
+        assert told(session, {"op": "move", "dimension": "offer", "value": "gift", "to": "tone"}) == [
+            f"{first} offer=gift becomes tone=gift",
+            f"{second} offer has values that are in offer, tone",
+            f"{third} offer has values that are in offer, tone",
+        ]
+        assert told(session, {"op": "add_value", "dimension": "tone", "value": plain("new")}) == []
+        labels = {"en": "Warm", "zh": "暖"}
+        assert told(session, {"op": "rename", "dimension": "tone", "value": "warm", "labels": labels}) == []
+        evolve(session, check_changes([{"op": "retire", "dimension": "tone", "value": "warm"}]))
+        assert told(session, {"op": "retire", "dimension": "tone"}) != []
+        assert told(session, {"op": "add_value", "dimension": "tone", "value": plain("new")}) == []
+    with database.transaction(person("eve", business="rival")) as session:
+        found_taxonomy(session, SMALL)
+        assert told(session, rename) == []
 
 
 def test_what_was_affected_before_is_not_shown_again(database: Database) -> None:
