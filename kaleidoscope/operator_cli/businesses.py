@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +20,7 @@ from kaleidoscope.operator_cli.frame import (
     list_in,
     more,
     none_of,
+    short,
     when,
     words,
 )
@@ -28,7 +28,7 @@ from kaleidoscope.terminal import fields, table
 from kaleidoscope.vocabulary import Role
 
 if TYPE_CHECKING:
-    pass
+    from kaleidoscope.views import AuditView
 
 database_group = typer.Typer(name="database", help="The schema of the platform's database.", no_args_is_help=True)
 business_group = typer.Typer(
@@ -96,17 +96,18 @@ def _business_output(row: object) -> Output:
     )
 
 
-@command(business_group, "create", write=True)
+@command(business_group, "create", write=True, founds=True)
 def business_create(
     work: Work,
     business_id: Annotated[str, typer.Argument(metavar="ID", help="Lower-case letters, digits, - and _.")],
-    name: Annotated[str, typer.Option("--name", help="What people call it.")],
+    name: Annotated[str | None, typer.Option("--name", help="What people call it. Default: the ID.")] = None,
     two_person_publish: TwoPersons = False,
 ) -> Output:
     """Found a business, with the built-in tag vocabulary and placeholders."""
     from kaleidoscope.businesses import create_business
 
-    return _business_output(create_business(work.session, name, two_person_publish=bool(two_person_publish)))
+    called = business_id if name is None else name
+    return _business_output(create_business(work.session, called, two_person_publish=bool(two_person_publish)))
 
 
 @command(business_group, "list")
@@ -233,15 +234,22 @@ def audit(
     get_business(work.session)
     found = audit_trail(work.session, entity=entity, key=key, cursor=cursor, limit=limit)
     page = page_view(found, AuditView.model_validate)
-    rows = [(e.seq, when(e.at), e.actor, e.action, e.entity, e.key, _changes(e.before, e.after)) for e in page.items]
-    shown = table(
-        ("seq", "at", "actor", "action", "entity", "key", "changes"), rows, whole=("seq", "at", "action", "key")
-    )
+    rows = [(e.seq, when(e.at), short(e.actor, 20), _done(e)) for e in page.items]
+    shown = table(("seq", "at", "who", "what"), rows, whole=("seq", "at"))
     return Output(page, shown, *none_of(rows, "changes"), *more(page.next_cursor))
 
 
-def _changes(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
-    if before is None or after is None:
-        return ""
-    plain = {k: (before.get(k), v) for k, v in after.items() if not isinstance(v, dict | list)}
-    return ", ".join(f"{words(k)}: {old} → {new}" for k, (old, new) in plain.items() if k != "version")
+# Of a row's change, what says nothing to people: what is counted or hashed, and the time once more.
+_UNTOLD = {"version", "content_hash", "fingerprint", "reviewed_at"}
+
+
+def _done(entry: AuditView) -> str:
+    """What was done, to which row; of a change also the plain values before and after."""
+    before, after = entry.before or {}, entry.after or {}
+    told = {
+        name: [short("none" if v is None else str(v), 40) for v in (before.get(name), value)]
+        for name, value in after.items()
+        if entry.action == "changed" and name not in _UNTOLD and not isinstance(value, dict | list)
+    }
+    changes = ", ".join(f"{words(name)}: {old} → {new}" for name, (old, new) in told.items())
+    return f"{entry.action} {entry.entity} {entry.key}" + (f", {changes}" if changes else "")

@@ -78,6 +78,10 @@ def material_add_image(
     allow_duplicate: Duplicate = False,
 ) -> Output:
     """Add a picture: PNG, JPEG or WebP."""
+    return _add(work, material, _picture(work, file, alt), tags, allow_duplicate)
+
+
+def _picture(work: Work, file: Path, alt: str) -> Content:
     from kaleidoscope.businesses import get_business
     from kaleidoscope.images import MAX_BYTES, store_image
 
@@ -87,7 +91,7 @@ def material_add_image(
             data = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error}.") from None
-    return _add(work, material, store_image(work.settings.files_dir, business, data, alt), tags, allow_duplicate)
+    return store_image(work.settings.files_dir, business, data, alt)
 
 
 @command(material_add_group, "layout", write=True)
@@ -133,7 +137,14 @@ def _add(
     from kaleidoscope.views import MaterialView
 
     parsed = parse_content(content) if isinstance(content, Mapping) else content
-    row = add_material(work.session, material, parsed, tags_in(tags or ()), allow_duplicate=allow_duplicate)
+    row = add_material(
+        work.session,
+        material,
+        parsed,
+        tags_in(tags or ()),
+        files_dir=work.settings.files_dir,
+        allow_duplicate=allow_duplicate,
+    )
     return _material_output(MaterialView.of(row))
 
 
@@ -177,11 +188,16 @@ def material_import(
     )
     failed = [f"row {r.row} ({r.id or 'no id'}): {r.message}" for r in report.failures]
     counts = {outcome.value: report.count(outcome) for outcome in Outcome}
+    details = {"rows": [{"row": r.row, "id": r.id, "message": r.message} for r in report.failures]}
     if not report.applied:
         raise InputError(
             f"{file}: nothing was imported, because {len(failed):,} of {len(report.rows):,} rows are wrong. Correct"
             " them, or import the others with --partial.\n" + "\n".join(cut(failed)),
-            details={"rows": [{"row": r.row, "id": r.id, "message": r.message} for r in report.failures]},
+            details=details,
+        )
+    if failed and len(failed) == len(report.rows):
+        raise InputError(
+            f"{file}: nothing was imported, because every row is wrong.\n" + "\n".join(cut(failed)), details=details
         )
     said = ", ".join(f"{counts[o]:,} {o}" for o in (Outcome.CREATED, Outcome.CHANGED, Outcome.UNCHANGED))
     return Output(
@@ -249,6 +265,71 @@ def material_tag(
     given = parse_tags({"dimension": d, "value": v} for d, v in pairs if v)
     changed = change_material(work.session, material, tags=[*kept, *given], version=version)
     return _material_output(MaterialView.of(changed))
+
+
+@command(material_group, "change", write=True)
+def material_change(
+    work: Work,
+    material: MaterialId,
+    content: Annotated[
+        Path | None,
+        typer.Option(
+            "--content",
+            exists=True,
+            dir_okay=False,
+            help="All that it is to hold (YAML or JSON), as `show --json` has it.",
+        ),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", exists=True, dir_okay=False, help="Another picture, of an image.")
+    ] = None,
+    alt: Annotated[str | None, typer.Option("--alt", help="What the picture shows.")] = None,
+    tags: Annotated[
+        list[str] | None,
+        typer.Option("--tag", metavar="DIMENSION=VALUE", help="A tag, instead of all it has; repeat it."),
+    ] = None,
+    allow_duplicate: Duplicate = False,
+    version: Version = None,
+) -> Output:
+    """Change what a material holds, or its tags. It needs review again, and so does every variant that holds it."""
+    from kaleidoscope.content import Image
+    from kaleidoscope.materials import change_material, content_of, get_material
+    from kaleidoscope.views import MaterialView
+
+    if content is None and picture is None and alt is None and tags is None:
+        raise InputError("say what to change: --content FILE, --picture FILE, --alt TEXT, --tag DIMENSION=VALUE.")
+    if content is not None and (picture is not None or alt is not None):
+        raise InputError("--content says everything; leave --picture and --alt out, or leave --content out.")
+    held = content_of(get_material(work.session, material))
+    wanted: Content | None = None
+    if content is not None:
+        wanted = _content_in(content, held.kind)
+    elif picture is not None or alt is not None:
+        if not isinstance(held, Image):
+            raise InputError(f"--picture and --alt are of images; material {material!r} is {held.kind}. Use --content.")
+        described = held.alt if alt is None else alt
+        wanted = held.model_copy(update={"alt": described}) if picture is None else _picture(work, picture, described)
+    changed = change_material(
+        work.session,
+        material,
+        content=wanted,
+        tags=None if tags is None else tags_in(tags),
+        version=version,
+        files_dir=work.settings.files_dir,
+        allow_duplicate=allow_duplicate,
+    )
+    return _material_output(MaterialView.of(changed))
+
+
+def _content_in(file: Path, kind: str) -> Content:
+    """The content in a YAML or JSON file; its kind may be left out."""
+    from kaleidoscope.content import parse_content
+    from kaleidoscope.yaml_text import load_yaml
+
+    document = load_yaml(file, docs="docs/materials.md")
+    if not isinstance(document, dict):
+        raise InputError(f"{file}: the content of a {kind} is an object. `material show ID --json` shows it.")
+    return parse_content({"kind": kind, **document})
 
 
 def _material_move(move: str) -> None:

@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kaleidoscope.operator_cli.frame import MOST, File, Note, Out, Output, Work, command, items, when, write_out
+from kaleidoscope.operator_cli.frame import (
+    MOST,
+    File,
+    Note,
+    Out,
+    Output,
+    Work,
+    command,
+    headed,
+    items,
+    sentence,
+    when,
+    write_out,
+)
 from kaleidoscope.terminal import table
 
 if TYPE_CHECKING:
@@ -107,7 +120,8 @@ def taxonomy_evolve(
     work: Work,
     file: File,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Change nothing; show the materials somebody has to look at then.")
+        bool,
+        typer.Option("--dry-run", help="Change nothing; show the materials and rules somebody has to look at then."),
     ] = False,
     note: Note = "",
     expected: Annotated[
@@ -116,10 +130,11 @@ def taxonomy_evolve(
     ] = None,
 ) -> Output:
     """Make the changes in a YAML file (rename, split, merge, …) the next version."""
-    from kaleidoscope.taxonomy import affected_materials, apply, current_taxonomy, evolve, read_changes
+    from kaleidoscope.taxonomy import affected_materials, affected_rules, apply, current_taxonomy, evolve, read_changes
+    from kaleidoscope.views import AffectedMaterialView, AffectedRuleView, EvolvedView
 
     changes = read_changes(file)
-    affected = affected_materials(work.session, changes)
+    affected, rules = affected_materials(work.session, changes), affected_rules(work.session, changes)
     rows = [
         (
             a.material,
@@ -128,32 +143,33 @@ def taxonomy_evolve(
         )
         for a in affected
     ]
-    materials = [
-        {
-            "material": a.material,
-            "unknown": {f"{d}={v}": sorted("=".join(tag) for tag in to.of) for (d, v), to in a.unknown.items()},
-            "overfull": list(a.overfull),
-        }
-        for a in affected
-    ]
     shown = [table(("material", "unknown then", "contradictory then"), rows, whole=("material",))] if rows else []
+    named = headed(
+        "These name tags that are changed, and have to be written anew", [sentence(str(r)) for r in rules], len(rules)
+    )
     if dry_run:
         number, before = current_taxonomy(work.session)
         _, mapping = apply(before, changes)
         entries = {old: list(new) for old, new in mapping.root.items()}
         return Output(
-            {"number": number, "mapping": entries, "affected": materials},
+            {
+                "number": number,
+                "mapping": entries,
+                "affected": [AffectedMaterialView.of(a) for a in affected],
+                "rules": [AffectedRuleView.of(r) for r in rules],
+            },
             *(f"{old} → {', '.join(new)}" for old, new in entries.items()),
             f"{len(rows)} materials would need new tags. Nothing was changed.",
             *shown,
+            *named,
         )
-    made = _version_output(evolve(work.session, changes, note=note, expected=expected))
-    assert isinstance(made.value, dict)
+    row = evolve(work.session, changes, note=note, expected=expected)
     return Output(
-        {**made.value, "affected": materials},
-        *made.shown,
+        EvolvedView.of(row, affected, rules),
+        *_version_output(row).shown,
         *([f"{len(rows)} materials need new tags:"] if rows else []),
         *shown,
+        *named,
     )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NoReturn
 
 from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi.dependencies.models import Dependant
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
@@ -25,14 +27,18 @@ from kaleidoscope.access import Caller
 from kaleidoscope.database import Database, Session
 from kaleidoscope.errors import (
     ConflictError,
+    ForbiddenError,
     InputError,
     KaleidoscopeError,
+    NotFoundError,
     TooLargeError,
+    TooManyRequestsError,
     UnauthenticatedError,
     UnavailableError,
 )
-from kaleidoscope.tables import IdempotencyKey
+from kaleidoscope.tables import Business, IdempotencyKey
 from kaleidoscope.tokens import authenticate
+from kaleidoscope.vocabulary import Role
 
 MAX_BODY = 64 * 1024 * 1024  # bytes; a bulk import with its images
 MAX_JSON = 4 * 1024 * 1024
@@ -68,8 +74,8 @@ READ: dict[int | str, dict[str, Any]] = {304: {"description": "Not changed since
 
 # ── who calls ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_bearer = HTTPBearer(auto_error=False, description="An API token")
-_api_key = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API token")
+bearer_scheme = HTTPBearer(auto_error=False, description="An API token")
+api_key_scheme = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API token")
 
 
 @dataclass(frozen=True)
@@ -125,32 +131,49 @@ def _created(body: dict[str, Any], *, replayed: bool = False) -> Response:
     return JSONResponse(body, status_code=201, headers=headers)
 
 
-async def identify(
-    request: Request,
-    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-    api_key: Annotated[str | None, Depends(_api_key)],
-    idempotency_key: Annotated[str | None, Header(max_length=255, pattern=r"^[\x21-\x7e]+$")] = None,
-) -> Call:
-    """The call behind a request, in the business its path names; raises UnauthenticatedError, InputError."""
-    secret = bearer.credentials if bearer is not None else api_key
+def secret_of(request: Request) -> str:
+    """The token of a request; raises UnauthenticatedError where there is none."""
+    kind, _, secret = request.headers.get("authorization", "").partition(" ")
+    secret = secret.strip() if kind.lower() == "bearer" else request.headers.get("x-api-key", "").strip()
     if not secret:
         raise UnauthenticatedError("Send an API token: `Authorization: Bearer …` or `X-API-Key: …`.")
+    return secret
+
+
+async def identify(
+    request: Request,
+    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer_scheme)],  # for the OpenAPI document
+    api_key: Annotated[str | None, Depends(api_key_scheme)],
+    idempotency_key: Annotated[str | None, Header(max_length=255, pattern=r"^[\x21-\x7e]+$")] = None,
+) -> Call:
+    """The call behind a request, in the business its path names.
+
+    Raises UnauthenticatedError, InputError, and NotFoundError where there is no such business for this token.
+    """
+    secret = secret_of(request)
     database: Database = request.app.state.database
     # A form has been read by now, and is gone; what it makes is stored under its own hash or id, once.
     form = request.headers.get("content-type", "").lower().startswith("multipart/")
     body = b"" if form else await request.body()
     _refuse_unstorable(request, body)
-    caller = await run_in_threadpool(_whose, database, secret)
-    business = request.path_params.get("business")
-    if business is not None:
-        caller = caller.inside(business)
+    caller = await run_in_threadpool(_whose, database, secret, request.path_params.get("business"))
     hashed = hashlib.sha256(f"{request.method} {request.url.path}?{request.url.query}\n".encode() + body).hexdigest()
     return Call(database, caller, hashed, idempotency_key)
 
 
-def _whose(database: Database, secret: str) -> Caller:
+def _whose(database: Database, secret: str, business: str | None) -> Caller:
+    """Who calls, and, where the path names a business, in it."""
     with database.transaction(NOBODY, write=False) as session:
-        return authenticate(session, secret)
+        caller = authenticate(session, secret)
+        if caller.roles <= {Role.CLIENT}:
+            raise ForbiddenError("This token is for decisions and events alone.")
+        if business is None:
+            return caller
+        inside = caller.inside(business)
+        # A token of a business says that there is one; one of the installation may name anything.
+        if caller.installation and session.get(Business, business) is None:
+            raise NotFoundError(f"There is no business {business!r}.")
+        return inside
 
 
 Caught = Annotated[Call, Depends(identify)]
@@ -183,13 +206,14 @@ def _refuse_unstorable(request: Request, body: bytes) -> None:
 
 
 class Route(APIRoute):
-    """A route whose reads carry an ETag, and answer 304 where the caller has it already."""
+    """A route that refuses unknown query parameters; its reads carry an ETag, and answer 304 to who has it already."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler, and the ETag of what it answers."""
-        handle = super().get_route_handler()
+        handle, known_names = super().get_route_handler(), _query_names(self.dependant)
 
         async def with_etag(request: Request) -> Response:
+            _refuse_unknown(request, known_names)
             response = await handle(request)
             if request.method != "GET" or response.status_code != 200 or not hasattr(response, "body"):
                 return response
@@ -202,6 +226,21 @@ class Route(APIRoute):
             return response
 
         return with_etag
+
+
+def _query_names(dependant: Dependant) -> list[str]:
+    """The query parameters that an endpoint and what it depends on take."""
+    names = [field.alias for field in dependant.query_params]
+    return [*names, *(name for inner in dependant.dependencies for name in _query_names(inner))]
+
+
+def _refuse_unknown(request: Request, known: Sequence[str]) -> None:
+    """Raise InputError for a query parameter that nothing reads: a mistyped filter would answer with everything."""
+    unknown = [name for name in dict.fromkeys(request.query_params) if name not in known]
+    if unknown:
+        named = ", ".join(repr(name[:60]) for name in unknown[:5])
+        there = f"There are: {', '.join(known)}." if known else "This endpoint takes none."
+        raise InputError(f"query: there is no parameter {named} here. {there}")
 
 
 # ── errors ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -218,6 +257,8 @@ def add_error_handlers(app: FastAPI) -> None:
             headers["WWW-Authenticate"] = "Bearer"
         if isinstance(error, UnavailableError):
             headers["Retry-After"] = str(RETRY_AFTER_S)
+        if isinstance(error, TooManyRequestsError):
+            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
         return JSONResponse(error.as_dict(), status_code=error.http_status, headers=headers)
 
     @app.exception_handler(RequestValidationError)

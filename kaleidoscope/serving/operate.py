@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import tempfile
-from datetime import datetime
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,18 +19,24 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from kaleidoscope import businesses, combiner, interventions, materials, release, review, scenes, taxonomy, tokens
 from kaleidoscope.content import Content, Image, Placeholder, Tag
-from kaleidoscope.database import MAX_PAGE, PAGE
-from kaleidoscope.errors import InputError, NotFoundError
+from kaleidoscope.database import MAX_PAGE, PAGE, Session
+from kaleidoscope.errors import InputError, NotFoundError, UnavailableError
 from kaleidoscope.images import MAX_BYTES, image_path, store_image
 from kaleidoscope.release import ReleaseContent
 from kaleidoscope.serving.http import ERRORS, READ, Caught, Route
 from kaleidoscope.views import (
     AuditView,
     BusinessView,
+    ConflictView,
+    EvolvedView,
     InterventionView,
     LedgerView,
+    LiveView,
+    MadeView,
     MaterialView,
+    MovedView,
     PageView,
+    PlanView,
     ReleaseView,
     SceneView,
     TaxonomyVersionView,
@@ -43,6 +51,7 @@ IN = "/businesses/{business}"
 SCENE = f"{IN}/scenes/{{scene}}"
 
 MAX_INT = 2**31 - 1
+WAIT_S = 30.0  # for questions that were asked before
 Id = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Cursor = Annotated[str | None, Query(max_length=400, description="`next_cursor` of the page before")]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Items a page")]
@@ -88,6 +97,7 @@ def list_businesses(call: Caught, cursor: Cursor = None, limit: Limit = PAGE) ->
 @router.post("/businesses", tags=["businesses"], status_code=201, response_model=BusinessView)
 def create_business(call: Caught, body: NewBusiness) -> Response:
     """Found a business, with the built-in taxonomy; takes a token of the installation."""
+    call.caller.require_installation()  # else another business is not there, and the answer a 404
     inside = call.inside(body.id)
     return inside.create(
         lambda session: BusinessView.model_validate(
@@ -125,7 +135,7 @@ def audit(
     cursor: Cursor = None,
     limit: Limit = PAGE,
 ) -> PageView[AuditView]:
-    """Who changed what, newest first."""
+    """Who changed what, newest first. Changes of API tokens are for admins alone."""
     with call.read() as session:
         found = businesses.audit_trail(session, entity=entity, key=key, cursor=cursor, limit=limit)
         return page_view(found, AuditView.model_validate)
@@ -213,14 +223,17 @@ def get_mapping(
         return {key: list(to) for key, to in taxonomy.mapping_between(session, old, new).root.items()}
 
 
-@router.post(f"{IN}/taxonomy/versions", tags=["taxonomy"], status_code=201, response_model=TaxonomyVersionView)
+@router.post(f"{IN}/taxonomy/versions", tags=["taxonomy"], status_code=201, response_model=EvolvedView)
 def evolve_taxonomy(call: Caught, body: Evolution) -> Response:
-    """Make the next version."""
-    return call.create(
-        lambda session: TaxonomyVersionView.model_validate(
-            taxonomy.evolve(session, body.changes, note=body.note, expected=body.expected)
-        )
-    )
+    """Make the next version; says which materials, constraints and interventions somebody has to look at then."""
+
+    def make(session: Session) -> EvolvedView:
+        affected = taxonomy.affected_materials(session, body.changes)
+        rules = taxonomy.affected_rules(session, body.changes)
+        made = taxonomy.evolve(session, body.changes, note=body.note, expected=body.expected)
+        return EvolvedView.of(made, affected, rules)
+
+    return call.create(make)
 
 
 # ── materials ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -250,13 +263,6 @@ class MaterialMove(Request_):
     reason: Text | None = None
 
 
-class MovedView(BaseModel):
-    """How many took the step, and why the others did not."""
-
-    moved: int
-    skipped: dict[str, int]
-
-
 MoveName = Literal["submit", "approve", "reject", "retire", "restore"]
 
 
@@ -279,11 +285,18 @@ def list_materials(
 
 
 @router.post(f"{IN}/materials", tags=["materials"], status_code=201, response_model=MaterialView)
-def add_material(call: Caught, body: NewMaterial) -> Response:
-    """Add a material as a draft."""
+def add_material(call: Caught, request: Request, body: NewMaterial) -> Response:
+    """Add a material as a draft. An image is what `/images` answered to its upload."""
     return call.create(
         lambda session: MaterialView.of(
-            materials.add_material(session, body.id, body.content, body.tags, allow_duplicate=body.allow_duplicate)
+            materials.add_material(
+                session,
+                body.id,
+                body.content,
+                body.tags,
+                files_dir=request.app.state.files,
+                allow_duplicate=body.allow_duplicate,
+            )
         )
     )
 
@@ -296,11 +309,16 @@ def get_material(call: Caught, material: str) -> MaterialView:
 
 
 @router.patch(f"{IN}/materials/{{material}}", tags=["materials"])
-def change_material(call: Caught, material: str, body: MaterialChange) -> MaterialView:
+def change_material(call: Caught, request: Request, material: str, body: MaterialChange) -> MaterialView:
     """Change content or tags: an approved material, and every variant that holds it, falls back to draft."""
     with call.write() as session:
         changed = materials.change_material(
-            session, material, content=body.content, tags=body.tags, version=body.version
+            session,
+            material,
+            content=body.content,
+            tags=body.tags,
+            version=body.version,
+            files_dir=request.app.state.files,
         )
         return MaterialView.of(changed)
 
@@ -309,8 +327,7 @@ def change_material(call: Caught, material: str, body: MaterialChange) -> Materi
 def move_materials(call: Caught, move: MoveName, body: MaterialMove) -> MovedView:
     """Submit, approve, reject, retire or restore materials."""
     with call.write() as session:
-        moved = review.move_materials(session, move, body.ids, reason=body.reason)
-        return MovedView(moved=moved.moved, skipped=dict(moved.skipped))
+        return MovedView.of(review.move_materials(session, move, body.ids, reason=body.reason))
 
 
 @router.post(f"{IN}/images", tags=["materials"], status_code=201)
@@ -410,6 +427,20 @@ class SceneChange(Request_):
     spec: scenes.SceneSpec
 
 
+_workers = threading.BoundedSemaphore(2)
+
+
+@contextmanager
+def _at_work() -> Iterator[None]:
+    """One of the few questions about combinations, each of seconds, that are worked on at once."""
+    if not _workers.acquire(timeout=WAIT_S):
+        raise UnavailableError("The server works on other scenes' combinations just now. Try again.")
+    try:
+        yield
+    finally:
+        _workers.release()
+
+
 class FindingView(BaseModel):
     """Something wrong, or odd, with how the materials combine."""
 
@@ -478,73 +509,23 @@ def combinations(call: Caught, scene: str) -> CombinationsView:
     """How many combinations are legal, what is wrong with the constraints, and what the soft checks remark."""
     with call.read() as session:
         found = scenes.space_of(session, scenes.get_scene(session, scene))
-    findings = combiner.diagnose(found.space)
+    with _at_work():
+        legal, findings = combiner.count(found.space), combiner.diagnose(found.space)
     return CombinationsView(
-        legal=combiner.count(found.space),
+        legal=legal,
         findings=[FindingView.model_validate(f) for f in findings],
         remarks=[r.message for r in found.remarks],
     )
-
-
-class EffectView(BaseModel):
-    """What it takes to learn one effect; null: it can never be learned, for the reason given."""
-
-    kind: str
-    first: str
-    second: str | None
-    share: float
-    exposures: float | None
-    days: float | None
-    reason: str | None
-
-
-class PlanView(BaseModel):
-    """What a scene's traffic can learn about its variants."""
-
-    variants: int
-    random_exposures_per_day: float
-    effects: list[EffectView]
-    aliased: list[list[str]]
 
 
 @router.get(f"{SCENE}/plan", tags=["scenes"], responses=READ)
 def plan(call: Caught, scene: str, cap: Annotated[int | None, Query(ge=2, le=review.MAX_VARIANTS)] = None) -> PlanView:
     """How many exposures, and days, it takes to learn what each tag and material does, alone and in pairs."""
     with call.read() as session:
-        found = review.plan_learning(session, scene, cap=cap)
-    return PlanView(
-        variants=found.variants,
-        random_exposures_per_day=found.random_exposures_per_day,
-        effects=[EffectView.model_validate(row) for row in found.effects.to_pylist()],
-        aliased=[list(group) for group in found.aliased],
-    )
+        return PlanView.of(review.plan_learning(session, scene, cap=cap))
 
 
 # ── variants ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class CoverageView(BaseModel):
-    """How well a capped scene's variants cover the pairs of materials."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    pairs_covered: int
-    pairs_legal: int
-
-
-class MadeView(BaseModel):
-    """What making the variants did."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    legal: int
-    created: int
-    kept: int
-    restored: int
-    retired: int
-    approved: int
-    remarked: int
-    coverage: CoverageView | None
 
 
 class VariantMove(Request_):
@@ -560,8 +541,10 @@ class VariantMove(Request_):
 @router.post(f"{SCENE}/variants", tags=["variants"])
 def make_variants(call: Caught, scene: str) -> MadeView:
     """Bring the variants in line with the scene's materials, constraints and cap; doing it again changes nothing."""
+    with _at_work(), call.read() as session:
+        planned = review.plan_variants(session, scene)
     with call.write() as session:
-        return MadeView.model_validate(review.make_variants(session, scene))
+        return MadeView.model_validate(review.make_variants(session, scene, planned))
 
 
 @router.get(f"{SCENE}/variants", tags=["variants"], responses=READ)
@@ -593,8 +576,7 @@ def move_variants(call: Caught, scene: str, move: MoveName, body: VariantMove) -
     """Submit, approve, reject, retire or restore the variants that the body selects; an empty one selects all."""
     wanted = review.VariantFilter(tuple(body.where), tuple(body.states), tuple(body.ids), body.remarked)
     with call.write() as session:
-        moved = review.move_variants(session, scene, move, wanted, reason=body.reason)
-        return MovedView(moved=moved.moved, skipped=dict(moved.skipped))
+        return MovedView.of(review.move_variants(session, scene, move, wanted, reason=body.reason))
 
 
 # ── interventions ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -612,19 +594,6 @@ class InterventionChange(Request_):
 
     version: Version
     spec: interventions.InterventionSpec
-
-
-class ConflictView(BaseModel):
-    """Something to know before a rule is saved."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    code: str
-    message: str
-    rules: list[str]
-    winner: str | None
-    variants: int
-    segment: dict[str, str]
 
 
 @router.get(f"{SCENE}/interventions", tags=["interventions"], responses=READ)
@@ -704,23 +673,6 @@ class ReleaseDocument(BaseModel):
     content: ReleaseContent
 
 
-class LiveView(BaseModel):
-    """What is live: `candidate` serves `share` of the traffic, `stable` the rest."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    seq: int
-    at: datetime
-    actor: str
-    action: str
-    release: int
-    stable: int | None
-    candidate: int | None
-    share: float
-    paused: bool
-    stage: int | None
-
-
 class Transition(Request_):
     """A step of the rollout; with `expected_seq` only if the ledger still ends there."""
 
@@ -784,7 +736,7 @@ def diff_releases(call: Caught, scene: str, number: Number, other: Number) -> li
 def start_release(call: Caught, scene: str, number: Number, body: Transition) -> LedgerView:
     """Put a draft live at its first stage."""
     with call.write() as session:
-        return LedgerView.model_validate(release.start(session, scene, number, expected_seq=body.expected_seq))
+        return LedgerView.of(release.start(session, scene, number, expected_seq=body.expected_seq))
 
 
 @router.post(f"{SCENE}/rollout/advance", tags=["releases"])
@@ -798,32 +750,28 @@ def advance_release(call: Caught, scene: str, body: Advance) -> LedgerView:
             expected_seq=body.expected_seq,
             rollback_if_unhealthy=body.rollback_if_unhealthy,
         )
-        return LedgerView.model_validate(entry)
+        return LedgerView.of(entry)
 
 
 @router.post(f"{SCENE}/rollout/pause", tags=["releases"])
 def pause_release(call: Caught, scene: str, body: Transition) -> LedgerView:
     """Hold the candidate at its stage."""
     with call.write() as session:
-        return LedgerView.model_validate(
-            release.pause(session, scene, reason=body.reason, expected_seq=body.expected_seq)
-        )
+        return LedgerView.of(release.pause(session, scene, reason=body.reason, expected_seq=body.expected_seq))
 
 
 @router.post(f"{SCENE}/rollout/resume", tags=["releases"])
 def resume_release(call: Caught, scene: str, body: Transition) -> LedgerView:
     """Let a paused candidate go on."""
     with call.write() as session:
-        return LedgerView.model_validate(
-            release.resume(session, scene, reason=body.reason, expected_seq=body.expected_seq)
-        )
+        return LedgerView.of(release.resume(session, scene, reason=body.reason, expected_seq=body.expected_seq))
 
 
 @router.post(f"{SCENE}/rollout/rollback", tags=["releases"])
 def rollback_release(call: Caught, scene: str, body: Rollback) -> LedgerView:
     """Take back what is live, at once: `stable` of the answer is the release that serves again."""
     with call.write() as session:
-        return LedgerView.model_validate(
+        return LedgerView.of(
             release.rollback(session, scene, reason=body.reason, to=body.to, expected_seq=body.expected_seq)
         )
 
@@ -832,7 +780,7 @@ def rollback_release(call: Caught, scene: str, body: Rollback) -> LedgerView:
 def get_ledger(call: Caught, scene: str, cursor: Cursor = None, limit: Limit = PAGE) -> PageView[LedgerView]:
     """Every transition of the scene's releases, newest first."""
     with call.read() as session:
-        return page_view(release.ledger(session, scene, cursor=cursor, limit=limit), LedgerView.model_validate)
+        return page_view(release.ledger(session, scene, cursor=cursor, limit=limit), LedgerView.of)
 
 
 @router.get(f"{SCENE}/live", tags=["releases"], responses=READ)
@@ -845,4 +793,4 @@ def get_live(
     with call.read() as session:
         scenes.get_scene(session, scene)
         found = release.live_at(session, scene, at)
-        return None if found is None else LiveView.model_validate(found)
+        return None if found is None else LiveView.of(found)

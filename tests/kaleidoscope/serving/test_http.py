@@ -53,6 +53,7 @@ def test_a_revoked_token_ends_at_once(client_of: Client, sqlite: Database) -> No
         ("GET", "/api/v1/businesses/acme/materials?cursor=%21", 400, "bad_input"),
         ("GET", "/api/v1/businesses/acme/audit?key=%00", 400, "bad_input"),
         ("GET", "/api/v1/businesses/ac%00me", 400, "bad_input"),
+        ("GET", "/api/v1/businesses/acme/materials?stat=draft", 400, "bad_input"),
     ],
 )
 def test_every_error_has_the_one_shape(client_of: Client, method: str, path: str, status: int, code: str) -> None:
@@ -61,6 +62,48 @@ def test_every_error_has_the_one_shape(client_of: Client, method: str, path: str
     assert set(response.json()) == {"error"}
     assert response.json()["error"]["code"] == code
     assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "said"),
+    [
+        (
+            "GET",
+            f"{MATERIALS}?stat=draft&kind=copy",
+            "no parameter 'stat' here. There are: kind, state, tag, cursor, limit.",
+        ),
+        ("GET", "/api/v1/businesses/acme?verbose", "no parameter 'verbose' here. This endpoint takes none."),
+        ("POST", f"{MATERIALS}?dry_run=1", "no parameter 'dry_run' here."),
+    ],
+)
+def test_a_query_parameter_that_nothing_reads_is_refused(client_of: Client, method: str, path: str, said: str) -> None:
+    client = client_of("ann")
+    response = client.request(method, path, json=COPY if method == "POST" else None)
+    assert response.status_code == 400
+    assert said in response.json()["error"]["message"]
+    assert client.get(MATERIALS).json()["items"] == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "", None),
+        ("GET", "/audit", None),
+        ("GET", "/materials", None),
+        ("GET", "/scenes", None),
+        ("GET", "/tokens", None),
+        ("GET", "/taxonomy/versions", None),
+        ("POST", "/tokens", {"user": "x", "roles": ["viewer"]}),
+        ("POST", "/materials", COPY),
+        ("DELETE", "/tokens/x", None),
+    ],
+)
+def test_a_business_that_nobody_founded_is_not_there(
+    client_of: Client, method: str, path: str, body: dict[str, object] | None
+) -> None:
+    response = client_of("root", business=None).request(method, f"/api/v1/businesses/nowhere{path}", json=body)
+    assert response.status_code == 404, response.text
+    assert response.json()["error"]["message"] == "There is no business 'nowhere'."
 
 
 @pytest.mark.parametrize("at", ["0001-01-01T00:00:00%2B14:00", "9999-12-31T23:59:59-14:00", "2026-01-01T00:00:00"])

@@ -1,0 +1,82 @@
+"""The server's process: it answers until it is told to stop, lets open requests finish, and ends without noise."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import signal
+import sys
+from typing import Any
+
+import uvicorn
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kaleidoscope.errors import JobError, UnavailableError
+from kaleidoscope.serving.http import RETRY_AFTER_S
+
+PATIENCE_S = 10
+
+
+def serve(application: ASGIApp, host: str, port: int, *, patience_s: int = PATIENCE_S) -> None:
+    """Answer at the address until SIGINT (Ctrl-C) or SIGTERM, in the process's main thread.
+
+    Open requests then get `patience_s` seconds to finish; those that do not are answered 503. Raises JobError where
+    the server ends although nobody stopped it.
+    """
+    config = uvicorn.Config(
+        _CutOff(application),
+        host=host,
+        port=port,
+        log_config=_log_to_stderr(),
+        timeout_graceful_shutdown=patience_s,
+        server_header=False,
+    )
+    server, stopped = uvicorn.Server(config), False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = server.should_exit = True
+
+    # uvicorn raises the signal that stopped it once more when it is done; by default that would end the process as if
+    # it had been killed.
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if not stopped:
+        raise JobError("The server has ended by itself. What it logged says why.")
+    sys.stderr.write("Stopped.\n")
+
+
+def _log_to_stderr() -> dict[str, Any]:
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["handlers"]["access"]["stream"] = "ext://sys.stderr"
+    return config
+
+
+class _CutOff:
+    """ASGI middleware that answers a request which the server cancels, as it ends, rather than raising through it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        except asyncio.CancelledError:
+            if scope["type"] == "http" and not begun:
+                error = UnavailableError("The server was stopped meanwhile. See whether it was done, and try again.")
+                headers = {"Retry-After": str(RETRY_AFTER_S)}
+                await JSONResponse(error.as_dict(), status_code=error.http_status, headers=headers)(
+                    scope, receive, send
+                )

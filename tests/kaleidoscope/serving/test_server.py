@@ -1,0 +1,94 @@
+"""The server's process: how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+# Answers /slow only once the file `go` is there; `asked` says that the request has come.
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from fastapi import FastAPI
+from kaleidoscope.serving.server import serve
+
+app = FastAPI()
+
+@app.get("/slow")
+def slow() -> str:
+    Path("asked").touch()
+    while not Path("go").exists():
+        time.sleep(0.02)
+    return "done"
+
+serve(app, "127.0.0.1", int(sys.argv[1]), patience_s=int(sys.argv[2]))
+"""
+
+
+def wait_for(what: str, there: object) -> None:
+    """Until it is there; a test that waits for ever is ended by the suite's own limit."""
+    import time
+
+    for _ in range(3000):
+        if there():  # type: ignore[operator]
+            return
+        time.sleep(0.02)
+    pytest.fail(f"waited in vain for {what}")
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.parametrize(("number", "patience_s", "status"), [("SIGTERM", 1, 503), ("SIGINT", 60, 200)])
+def test_a_stop_during_a_slow_request_is_quiet(number: str, patience_s: int, status: int, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", PROGRAM, str(port), str(patience_s)]
+    root = str(Path(__file__).parents[3])
+    with (
+        (tmp_path / "err").open("w") as errors,
+        subprocess.Popen(command, cwd=tmp_path, stderr=errors, env={**os.environ, "PYTHONPATH": root}) as server,
+    ):
+        answer: list[tuple[int, str]] = []
+
+        def ask() -> None:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/slow") as response:
+                    answer.append((response.status, response.read().decode()))
+            except urllib.error.HTTPError as error:
+                with error:
+                    answer.append((error.code, error.read().decode()))
+
+        try:
+            wait_for("the server", lambda: answers(port))
+            asking = threading.Thread(target=ask)
+            asking.start()
+            wait_for("the request", (tmp_path / "asked").exists)
+            server.send_signal(signal.Signals[number])
+            wait_for("the end to begin", lambda: "Shutting down" in (tmp_path / "err").read_text())
+            if status == 200:
+                (tmp_path / "go").touch()
+            asking.join()
+            (tmp_path / "go").touch()
+            code = server.wait()
+        finally:
+            server.kill()
+    said = (tmp_path / "err").read_text()
+    assert (code, said.splitlines()[-1]) == (0, "Stopped."), said
+    assert "Traceback" not in said
+    assert answer[0][0] == status
+    if status == 503:
+        assert json.loads(answer[0][1])["error"]["code"] == "unavailable"
