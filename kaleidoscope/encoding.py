@@ -8,6 +8,8 @@ arrays is not known here.
 from __future__ import annotations
 
 import json
+import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -160,6 +162,31 @@ class Encoder:
             values[:, self.numeric_fields.index(i)] = np.clip(standardised, -VALUE_CLIP, VALUE_CLIP)
         return Features(codes, values)
 
+    def encode(self, columns: Mapping[str, Sequence[object]], rows: int) -> Features:
+        """`features` of plain Python values, as requests bring them: without Arrow, in microseconds.
+
+        The same buckets as `features`, but nothing is refused: what should be a number and cannot be read as one, or is
+        a list or a mapping, is a value never seen.
+        """
+        codes = np.zeros((rows, len(self.fields)), dtype=np.uint16)
+        values = np.zeros((rows, len(self.numeric_fields)), dtype=np.float32)
+        for i, (spec, known) in enumerate(zip(self.fields, self._known_values, strict=True)):
+            column = columns.get(spec.name)
+            if column is None:
+                continue
+            if spec.vocabulary is not None:
+                codes[:, i] = [_bucket_of(value, known) for value in column]
+                continue
+            coded = [_number_of(value, spec) for value in column]
+            codes[:, i] = [code for code, _ in coded]
+            values[:, self.numeric_fields.index(i)] = [value for _, value in coded]
+        return Features(codes, values)
+
+    @cached_property
+    def _known_values(self) -> tuple[dict[str, int], ...]:
+        """Per field, the bucket of each value of its vocabulary."""
+        return tuple({v: i for i, v in enumerate(f.vocabulary or (), start=RESERVED)} for f in self.fields)
+
     @cached_property
     def n_tags(self) -> int:
         """Columns of `tags`: the sizes of all dimensions."""
@@ -173,11 +200,12 @@ class Encoder:
             lists = _whole(variants[dimension.name])
             owner = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
             bucket = _buckets(pc.list_flatten(lists), dimension.vocabulary)
-            untagged = np.setdiff1d(np.arange(n), owner)
+            untagged = np.flatnonzero(np.bincount(owner, minlength=n) == 0)
             rows += [owner, untagged]
             columns += [start + bucket, np.full(len(untagged), start + MISSING)]
             start += dimension.size
-        where = np.unique(np.concatenate(rows) * start + np.concatenate(columns))
+        where = np.sort(np.concatenate(rows) * start + np.concatenate(columns))
+        where = where[np.diff(where, prepend=-1) > 0]  # np.unique hashes, and numbers so regular collide: far slower
         indptr = np.searchsorted(where, np.arange(n + 1) * start).astype(np.int32)
         return csr_array((np.ones(len(where), np.float32), (where % start).astype(np.int32), indptr), shape=(n, start))
 
@@ -240,6 +268,37 @@ def _buckets(column: Column, vocabulary: Sequence[str]) -> NDArray[np.int64]:
     found = pc.index_in(text, value_set=pa.array(vocabulary, pa.string()))
     bucket = _array(pc.fill_null(found.cast(pa.int64()), UNSEEN - RESERVED)) + RESERVED
     return np.where(_array(pc.is_null(text)), MISSING, bucket)
+
+
+def _bucket_of(value: object, known: Mapping[str, int]) -> int:
+    """`_buckets` of one Python value."""
+    if value is None:
+        return MISSING
+    if isinstance(value, float | np.floating):
+        value = pa.scalar(float(value)).cast(pa.string()).as_py()  # as Arrow writes numbers
+    elif isinstance(value, bool | np.bool_):
+        value = "true" if value else "false"
+    elif isinstance(value, int | np.integer):
+        value = str(value)
+    return known.get(value, UNSEEN) if isinstance(value, str) else UNSEEN
+
+
+def _number_of(value: object, spec: Field) -> tuple[int, float]:
+    """Bucket and standardised value of one Python value of a numeric field."""
+    if value is None:
+        return MISSING, 0.0
+    try:
+        number = float(value) if isinstance(value, str | int | float | np.number | np.bool_) else None
+    except ValueError:
+        number = None
+    except OverflowError:  # an integer beyond all floats: as infinity
+        return MISSING, 0.0
+    if number is None:
+        return UNSEEN, 0.0
+    if not math.isfinite(number):
+        return MISSING, 0.0
+    standardised = number / spec.scale - spec.mean / spec.scale
+    return bisect_right(spec.edges, number) + RESERVED, min(max(standardised, -VALUE_CLIP), VALUE_CLIP)
 
 
 def _whole(column: Column) -> pa.Array:

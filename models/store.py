@@ -22,6 +22,7 @@ from models.train import CtrModel
 FORMAT = 1
 WEIGHTS, CONFIG = "network.safetensors", "network.json"
 TABLE_ARRAYS = ("side", "variant", "cross", "side_variance", "variant_variance", "cross_variance")
+SPREADS = ("variant_sd", "cross_sd")  # where there are any
 
 
 def save_network(model: CtrModel, folder: Path) -> None:
@@ -29,7 +30,8 @@ def save_network(model: CtrModel, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tables, layout = model.tables, model.tables.layout
     tags = csr_array(layout.variant_design[:, : layout.encoder.n_tags])
-    arrays = {name: np.ascontiguousarray(getattr(tables, name)) for name in TABLE_ARRAYS}
+    there = (*TABLE_ARRAYS, *(name for name in SPREADS if getattr(tables, name) is not None))
+    arrays = {name: np.ascontiguousarray(getattr(tables, name)) for name in there}
     arrays |= {"tags.indices": tags.indices, "tags.indptr": tags.indptr}
     arrays |= {f"deep.{name}": value.numpy() for name, value in model.deep.state_dict().items()}
     weights = save(arrays)
@@ -78,4 +80,5 @@ def load_network(folder: Path) -> CtrModel:
     deep.load_state_dict(
         {k.removeprefix("deep."): torch.from_numpy(v) for k, v in arrays.items() if k.startswith("deep.")}
     )
-    return CtrModel(Tables(layout, config["intercept"], **{n: arrays[n] for n in TABLE_ARRAYS}), deep, config["gate"])
+    held = {name: arrays[name] for name in (*TABLE_ARRAYS, *SPREADS) if name in arrays}
+    return CtrModel(Tables(layout, config["intercept"], **held), deep, config["gate"])

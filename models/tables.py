@@ -72,7 +72,7 @@ class Layout:
                 blocks.append(np.full(sizes[a] * sizes[b], len(blocks)))
         designs.append(eye_array(tags.shape[0], format="csr", dtype=np.float32))
         blocks.append(np.full(tags.shape[0], len(blocks)))
-        crossed = [d for d, size in enumerate(sizes) if size <= _largest_crossed(encoder)]
+        crossed = _crossed_dimensions(encoder)
         dense = [of_dimension[d].toarray() for d in crossed]
         return cls(
             encoder,
@@ -92,6 +92,13 @@ class Layout:
     def other_fields(self) -> list[int]:
         """Fields with a main effect only."""
         return [i for i in range(len(self.encoder.fields)) if i not in self.crossed_fields]
+
+    @cached_property
+    def tag_columns(self) -> Ints:
+        """Columns of `Encoder.tags` that take part in crosses: (T,)."""
+        start = np.cumsum([0, *(d.size for d in self.encoder.dimensions)])
+        columns = [np.arange(start[d], start[d + 1]) for d in _crossed_dimensions(self.encoder)]
+        return np.concatenate([np.zeros(0, np.int64), *columns])
 
     @cached_property
     def crossed_sizes(self) -> Ints:
@@ -181,6 +188,12 @@ def _largest_crossed(encoder: Encoder) -> int:
     return largest
 
 
+def _crossed_dimensions(encoder: Encoder) -> list[int]:
+    """Dimensions that take part in crosses with fields."""
+    largest = _largest_crossed(encoder)
+    return [d for d, dimension in enumerate(encoder.dimensions) if dimension.size <= largest]
+
+
 def _determine(codes: list[Ints]) -> NDArray[np.bool_]:
     """Which pairs of codings are such that one of them fixes the other."""
     out = np.eye(len(codes), dtype=bool)
@@ -203,6 +216,10 @@ class Tables:
     side_variance: Floats  # per side block
     variant_variance: Floats  # per variant block
     cross_variance: Floats  # (crossed side blocks, D)
+    # How unsure the fit is of each coefficient: standard deviation of the posterior, the others held (the diagonal of a
+    # Laplace approximation), widened by the design effect. None: not known, as in tables read from disk.
+    variant_sd: Floats | None = None  # (M,)
+    cross_sd: NDArray[np.float32] | None = None  # (C, T)
 
     def side_logit(self, features: Features) -> Floats:
         """The part of the logit that is the same for every variant: (n,)."""
@@ -233,10 +250,13 @@ class Tables:
         """The same coefficients for another set of variants: `known[i]` is the variant that row i of `tags` was in
         training, or -1 for one never shown, which has no residual."""
         layout = replace(Layout.of(self.layout.encoder, tags), pairs=self.layout.pairs)
-        residuals = self.variant[-self.layout.crossed_tags.shape[0] :]
-        own = np.where(known >= 0, residuals[known], 0.0)
-        variant = np.concatenate([self.variant[: len(self.variant) - len(residuals)], own])
-        return replace(self, layout=layout, variant=variant)
+        shared = len(self.variant) - self.layout.crossed_tags.shape[0]
+
+        def moved(values: Floats, unknown: float) -> Floats:
+            return np.concatenate([values[:shared], np.where(known >= 0, values[shared:][known], unknown)])
+
+        sd = None if self.variant_sd is None else moved(self.variant_sd, float(np.sqrt(self.variant_variance[-1])))
+        return replace(self, layout=layout, variant=moved(self.variant, 0.0), variant_sd=sd)
 
     def logits(self, features: Features, variant: Ints) -> Floats:
         """Click logits of one variant per row: (n,)."""
@@ -271,7 +291,7 @@ def fit_tables(
         fit = _Fit(start.layout, examples, variants=variants, crosses=crosses, offset=offset)
         state = fit.open(fit.state(start))
         state, curvature, _ = fit.weigh(fit.solve(state, fit.curvature(state)[1]))
-        return fit.tables(fit.solve(state, curvature))
+        return fit.tables(fit.solve(state, curvature), curvature)
 
 
 def _fit_from_scratch(examples: Examples, encoder: Encoder, *, variants: bool, crosses: bool) -> Tables:
@@ -288,7 +308,7 @@ def _fit_from_scratch(examples: Examples, encoder: Encoder, *, variants: bool, c
         state = fit.solve(state, curvature)
         if round_ >= MIN_ROUNDS and not grew:
             break
-    return fit.tables(state)
+    return fit.tables(state, curvature)
 
 
 @dataclass(frozen=True)
@@ -296,6 +316,7 @@ class _State:
     intercept: float
     theta: Floats  # all coefficients: side, variant, cross
     variance: Floats  # per block
+    design_effect: Floats | None = None  # per block; None: 1 everywhere
 
 
 class _Fit:
@@ -463,7 +484,8 @@ class _Fit:
         shrunk = one_step * of_coefficient / (of_coefficient + error)
         theta = np.where(state.variance[self.block] > 0, state.theta, shrunk)
         theta[of_coefficient == 0] = 0.0
-        return _State(state.intercept, theta, variance / design_effect), curvature, bool(entered) or bool(shut.any())
+        weighed = _State(state.intercept, theta, variance / design_effect, design_effect)
+        return weighed, curvature, bool(entered) or bool(shut.any())
 
     def _design_effect(self, state: _State) -> Floats:
         """Per block, the variance of its gradients relative to what it were if a unit's exposures were independent.
@@ -525,9 +547,10 @@ class _Fit:
         variance = [tables.side_variance, tables.variant_variance, tables.cross_variance.ravel()]
         return _State(tables.intercept, theta, np.concatenate(variance))
 
-    def tables(self, state: _State) -> Tables:
-        """The fitted state as coefficients."""
+    def tables(self, state: _State, curvature: Floats | None = None) -> Tables:
+        """The fitted state as coefficients; with the curvature, also how sure they are."""
         side, variant, cross = self._split(state.theta)
+        _, variant_sd, cross_sd = (None,) * 3 if curvature is None else self._split(self._sd(state, curvature))
         return Tables(
             self.layout,
             state.intercept,
@@ -537,7 +560,15 @@ class _Fit:
             state.variance[: self.first_variant],
             state.variance[self.first_variant : self.first_cross],
             state.variance[self.first_cross :].reshape(len(self.layout.crossed_sizes), self.dimensions),
+            variant_sd,
+            cross_sd,
         )
+
+    def _sd(self, state: _State, curvature: Floats) -> Floats:
+        """Posterior standard deviation of each coefficient, given the others; 0 where the block has no evidence."""
+        widened = np.ones(self.n_blocks) if state.design_effect is None else state.design_effect
+        prior = state.variance[self.block]
+        return np.asarray(np.sqrt(widened[self.block] * prior / (curvature * prior + 1.0)))
 
 
 def _sums(code: Ints, weight: NDArray[np.floating], size: int) -> Floats:

@@ -197,3 +197,36 @@ def test_a_number_lies_in_the_bin_it_is_given(values: list[float], asked: float)
     bucket = codes(fit({"x": pa.array(values)}), "x", [asked])[0] - RESERVED
     bounds = [-np.inf, *field.edges, np.inf]
     assert bounds[bucket] <= asked < bounds[bucket + 1]
+
+
+@given(words, numbers, st.data())
+def test_plain_values_are_encoded_as_arrow_columns_are(
+    text: list[str | None], values: list[float | None], data: st.DataObject
+) -> None:
+    encoder = fit({"t": pa.array(text, pa.string()), "x": pa.array(values, pa.float64())})
+    asked = data.draw(st.lists(st.tuples(st.none() | st.text("abcd", max_size=2), st.none() | st.floats()), max_size=9))
+    columns = {"t": [t for t, _ in asked], "x": [x for _, x in asked]}
+    wanted = encoder.features({"t": pa.array(columns["t"], pa.string()), "x": pa.array(columns["x"], pa.float64())})
+    found = encoder.encode(columns, len(asked))
+    assert found.codes.tolist() == wanted.codes.tolist()
+    assert found.values.tolist() == wanted.values.tolist()
+    as_text = {"x": [None if x is None else repr(x) for x in columns["x"]]}
+    assert encoder.encode(as_text, len(asked)).values.tolist() == found.values.tolist()
+
+
+@pytest.mark.parametrize("value", [True, False, 7, 7.0, 2.5, 0.1, 1e20, -3, "true", "7", "2.5"])
+def test_plain_value_of_another_type_is_the_text_that_arrow_makes_of_it(value: object) -> None:
+    encoder = fit({"x": ["true", "false", "7", "2.5", "0.1", "-3", "1e+20"]})
+    wanted = encoder.features({"x": pa.array([value])})
+    assert encoder.encode({"x": [value]}, 1).codes.tolist() == wanted.codes.tolist() != [[UNSEEN]]
+
+
+def test_plain_value_that_cannot_be_read_is_one_never_seen() -> None:
+    encoder = fit({"city": ["Oslo"], "age": [1.0]})
+    odd: list[object] = ["old", "", [1], {"a": 1}, b"1", object()]
+    found = encoder.encode({"city": odd, "age": odd}, len(odd))
+    assert (found.codes == UNSEEN).all()
+    assert (found.values == 0).all()
+    huge = encoder.encode({"age": [10**400, 10**300, float("inf"), float("nan")]}, 4)
+    assert huge.codes[:, 1].tolist() == [MISSING, RESERVED, MISSING, MISSING]
+    assert np.isfinite(huge.values).all()

@@ -42,6 +42,9 @@ def test_loaded_network_equals_the_saved_one(network: CtrModel, tmp_path: Path) 
     unknown = np.full(36, -1)
     again = loaded.for_variants(log.tags, unknown).rank(log.features)
     assert (again == network.for_variants(log.tags, unknown).rank(log.features)).all()
+    for name in ("variant_sd", "cross_sd"):
+        kept, saved = getattr(loaded.tables, name), getattr(network.tables, name)
+        assert saved is not None and (kept == saved).all()
 
 
 def test_saving_twice_writes_the_same_bytes(network: CtrModel, tmp_path: Path) -> None:

@@ -245,3 +245,43 @@ def test_crosses_of_many_large_fields_and_dimensions_stay_affordable() -> None:
     log, encoder = examples_of(columns, variants, rng.integers(0, 2_000, n), rng.random(n) < 0.1)
     layout = Layout.of(encoder, log.tags)
     assert layout.n_crossed * layout.crossed_tags.shape[1] <= module.MAX_CROSS_CELLS
+
+
+def test_spread_of_the_posterior_covers_the_truth() -> None:
+    """Differences between tags, estimate minus truth, in units of their standard deviation: about standard normal."""
+    truth, errors, variants = np.array([-0.5, -0.1, 0.1, 0.5]), [], {"style": [["a"], ["b"], ["c"], ["d"]] * 4}
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        variant = rng.integers(0, 16, 4_000)
+        reward = rng.random(4_000) < expit(truth[variant % 4] - 1.0)
+        log, encoder = examples_of({"city": rng.choice(["p", "q"], 4_000)}, variants, variant, reward)
+        tables = fit_tables(log, encoder)
+        assert tables.variant_sd is not None
+        found, sd = tables.variant[2:6] - truth, tables.variant_sd[2:6]
+        errors += [(found[i] - found[j]) / np.hypot(sd[i], sd[j]) for i, j in ((0, 1), (2, 3))]
+        assert tables.cross_sd is not None
+        assert (tables.cross_sd > 0).any() == tables.cross.any()
+    assert 0.75 < np.std(errors) < 1.3
+
+
+def test_spread_is_that_of_the_prior_where_there_is_no_data_and_shrinks_with_data() -> None:
+    few, many = (fit_tables(*mixed(n)) for n in (1_000, 20_000))
+    assert few.variant_sd is not None
+    assert many.variant_sd is not None
+    tags = slice(2, 5)  # styles a, b, c
+    assert (many.variant_sd[tags] < few.variant_sd[tags]).all()
+    prior = np.sqrt(many.variant_variance)
+    assert many.variant_sd[1] == pytest.approx(prior[0])  # a style never seen
+    log, _ = mixed(10)
+    moved = many.for_variants(log.tags, np.array([3, -1, -1, -1, -1, -1]))
+    assert moved.variant_sd is not None
+    assert moved.variant_sd[-6:] == pytest.approx([many.variant_sd[-3], *[prior[-1]] * 5])
+
+
+def test_a_design_effect_counts_as_that_much_less_data() -> None:
+    log, encoder = mixed(300)
+    fit, curvature = _Fit(Layout.of(encoder, log.tags), log, variants=True, crosses=True), np.linspace(0, 50, 10_000)
+    size, blocks = len(fit.block), np.full(fit.n_blocks, 0.2)
+    dependent = _State(0.0, np.zeros(size), blocks / 4, np.full(fit.n_blocks, 4.0))
+    alone = _State(0.0, np.zeros(size), blocks)
+    assert fit._sd(dependent, curvature[:size]) == pytest.approx(fit._sd(alone, curvature[:size] / 4))
