@@ -21,6 +21,7 @@ from sqlalchemy import (
     String,
     Text,
     TypeDecorator,
+    text,
 )
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, declared_attr, mapped_column, relationship
@@ -311,3 +312,143 @@ class LedgerEntry(Tenant, Base):
 
 
 APPEND_ONLY = ("audit", "taxonomies", "releases", "ledger")
+
+
+# ── jobs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+JOB_ACTIVE = text("state IN ('queued', 'running')")
+
+
+class Job(Tenant, Base):
+    """One piece of work for a worker. The row is its own trail: who asked, who cancelled, and what became of it."""
+
+    __tablename__ = "jobs"
+    audited = False  # heartbeats and schedules would drown what people do
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)  # counts within the business
+    kind: Mapped[str] = mapped_column(String(32))  # of jobs.JOB_KINDS
+    subject: Mapped[str] = mapped_column(String(64), default="")  # what it is about: a scene; empty: the business
+    arguments: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(String(16))  # jobs.JobState
+    author: Mapped[str] = mapped_column(NAME)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    due_at: Mapped[datetime] = mapped_column(default=now)  # not before
+    attempts: Mapped[int] = mapped_column(default=0)
+    max_attempts: Mapped[int]
+    worker: Mapped[str | None] = mapped_column(NAME)  # who runs it; whoever else does has lost it
+    host: Mapped[str | None] = mapped_column(NAME)
+    pid: Mapped[int | None]  # of its process group
+    started_at: Mapped[datetime | None]  # the attempt there is, or was
+    heartbeat_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    cancelled_by: Mapped[str | None] = mapped_column(NAME)
+    exit_code: Mapped[int | None]
+    result: Mapped[dict[str, Any] | None]  # the JSON object it printed
+    error: Mapped[str | None] = mapped_column(Text)
+
+    __table_args__ = (
+        # Never two of one kind about the same thing at once.
+        Index(
+            "uq_jobs_active",
+            "business_id",
+            "kind",
+            "subject",
+            unique=True,
+            sqlite_where=JOB_ACTIVE,
+            postgresql_where=JOB_ACTIVE,
+        ),
+        Index(None, "business_id", "state", "due_at"),
+        Index(None, "business_id", "kind", "subject", "id"),
+    )
+
+
+# ── the log ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Logged:
+    """A row of the log: of a business, but without references, so that the log may live in a database of its own.
+
+    Written in bulk through `Database.bulk`, not row by row, and not audited. Moments are whole microseconds since 1970.
+    """
+
+    audited = False
+
+    business_id: Mapped[str] = mapped_column(SLUG, primary_key=True, sort_order=-1)
+
+
+class Decision(Logged, Base):
+    """A decision that was taken (decision_record.DecisionRecord), until its day is compacted.
+
+    Where an event came before the record, or the record was lost, what the token claims (`recorded` false).
+    """
+
+    __tablename__ = "decisions"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    scene: Mapped[str] = mapped_column(SLUG)
+    unit: Mapped[str] = mapped_column(Text)
+    at_us: Mapped[int] = mapped_column(BigInteger)
+    bucket: Mapped[str] = mapped_column(String(16))  # vocabulary.Bucket
+    variant: Mapped[str] = mapped_column(String(64))
+    propensity: Mapped[float]
+    learn: Mapped[bool]
+    release: Mapped[int]
+    model_version: Mapped[str | None] = mapped_column(Text)
+    recorded: Mapped[bool]
+    reason: Mapped[str | None] = mapped_column(String(32))  # decision_record.Reason
+    release_hash: Mapped[str | None] = mapped_column(String(64))
+    candidates: Mapped[int | None]
+    features: Mapped[dict[str, Any] | None]
+    context: Mapped[dict[str, Any] | None]
+    rested: Mapped[list[Any] | None]
+    key: Mapped[str | None] = mapped_column(String(16))
+    detail: Mapped[str | None] = mapped_column(Text)
+
+    __table_args__ = (Index(None, "business_id", "scene", "at_us"), Index(None, "business_id", "unit", "scene"))
+
+
+class Event(Logged, Base):
+    """What happened to a decision, once per event id, until its day is compacted."""
+
+    __tablename__ = "events"
+
+    event_id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    decision_id: Mapped[str] = mapped_column(String(64))
+    kind: Mapped[str] = mapped_column(String(16))  # events.Kind
+    at_us: Mapped[int] = mapped_column(BigInteger)  # by the client's clock, between the decision and its receipt
+    received_us: Mapped[int] = mapped_column(BigInteger)
+    value: Mapped[float | None]
+
+    __table_args__ = (Index(None, "business_id", "decision_id"), {"sqlite_with_rowid": False})
+
+
+class EventCount(Logged, Base):
+    """How many events of a day (of receipt) met which fate, and what compaction left out."""
+
+    __tablename__ = "event_counts"
+
+    scene: Mapped[str] = mapped_column(SLUG, primary_key=True)  # empty where no token could be believed
+    day: Mapped[str] = mapped_column(String(10), primary_key=True)  # ISO
+    what: Mapped[str] = mapped_column(String(16), primary_key=True)  # events.Count
+    n: Mapped[int] = mapped_column(BigInteger)
+
+
+class ClosedDays(Logged, Base):
+    """Until when a scene's log is closed: decisions before this day take no more events, and are compacted."""
+
+    __tablename__ = "closed_days"
+
+    scene: Mapped[str] = mapped_column(SLUG, primary_key=True)
+    before: Mapped[str] = mapped_column(String(10))  # ISO day
+
+
+class LogPart(Logged, Base):
+    """A day of a scene that is in Parquet now; what is still in `decisions` and `events` of it counts no more."""
+
+    __tablename__ = "log_parts"
+
+    scene: Mapped[str] = mapped_column(SLUG, primary_key=True)
+    day: Mapped[str] = mapped_column(String(10), primary_key=True)  # ISO
+    file: Mapped[str | None] = mapped_column(Text)  # below the log's folder; None: dropped, or nothing was left
+    generation: Mapped[int]  # counts how often the file was written anew, without units that were erased
+    rows: Mapped[int] = mapped_column(BigInteger)
