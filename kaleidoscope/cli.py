@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from kaleidoscope.advice import no_values, verdict_sentence, why_unknown
-from kaleidoscope.errors import KaleidoscopeError
+from kaleidoscope.errors import InputError, KaleidoscopeError
 from kaleidoscope.operator_cli import mount
 from kaleidoscope.progress import Progress, Silent
 from kaleidoscope.terminal import console as _console
 from kaleidoscope.terminal import print_json as _print_json
-from kaleidoscope.terminal import printable
+from kaleidoscope.terminal import print_lines, printable
 from kaleidoscope.vocabulary import Level, Policy
 
 if TYPE_CHECKING:
@@ -98,6 +98,50 @@ def learn(
 
 
 @app.command()
+def train(
+    scene: Annotated[str | None, typer.Argument(metavar="[SCENE]", help="Id of the scene to learn from.")] = None,
+    generic: Annotated[
+        bool, typer.Option("--generic", help="Learn from all scenes, for those too young for a model of their own.")
+    ] = False,
+    business: Annotated[
+        str | None, typer.Option("--business", help="The business to work in. Default: KALEIDOSCOPE_BUSINESS.")
+    ] = None,
+    min_exposures: Annotated[
+        int, typer.Option("--min-exposures", min=100, help="Refuse to learn from fewer exposures.")
+    ] = 1_000,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model on what a scene has logged, and judge whether it may be promoted."""
+    from kaleidoscope.settings import load_settings
+
+    settings = load_settings()
+    within = business or settings.business
+    if within is None:
+        raise InputError("name the business to work in: `--business NAME`, or KALEIDOSCOPE_BUSINESS")
+    if (scene is None) != generic:
+        raise InputError("train: give a SCENE, or --generic for all of them.")
+    _limit_threads(settings.threads)
+    with _job_output(as_json) as progress:
+        from kaleidoscope.commands.train import run_train
+
+        trained = run_train(
+            settings,
+            business=within,
+            scene=scene,
+            seed=settings.seed if seed is None else seed,
+            min_exposures=min_exposures,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(trained)
+    else:
+        from kaleidoscope.operator_cli.models import trained_lines
+
+        print_lines(*trained_lines(trained))
+
+
+@app.command()
 def demo(
     out: Annotated[
         Path, typer.Option("--out", file_okay=False, help="Folder for the log, its schema and the report.")
@@ -127,20 +171,16 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=1, max=65_535, help="Port to answer at.")] = 8000,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer the REST API at /api/v1, until it is stopped with Ctrl-C."""
-    import uvicorn
-
+    """Answer decisions, events (/ofrep/v1, /v1) and the operators' API (/api/v1), until it is stopped with Ctrl-C."""
     from kaleidoscope.serving.app import create_app
+    from kaleidoscope.serving.server import serve as answer
     from kaleidoscope.settings import load_settings
 
     application, url = create_app(load_settings()), f"http://{host}:{port}"
     if as_json:
         _print_json({"url": url})
         sys.stdout.flush()
-    log = uvicorn.config.LOGGING_CONFIG
-    log["handlers"]["access"]["stream"] = "ext://sys.stderr"
-    # Open requests are finished before it ends.
-    uvicorn.run(application, host=host, port=port, log_config=log, timeout_graceful_shutdown=10, server_header=False)
+    answer(application, host, port)
 
 
 mount(app)

@@ -39,13 +39,14 @@ class Layer(StrEnum):
 
 
 class Role(StrEnum):
-    """What a person may do in a business. Every role may read; `admin` may do everything."""
+    """What a person may do in a business. Every role may read, but `client`; `admin` may do everything."""
 
     VIEWER = "viewer"
     EDITOR = "editor"
     REVIEWER = "reviewer"
     PUBLISHER = "publisher"
     ADMIN = "admin"
+    CLIENT = "client"  # a page or an app: asks for decisions and sends events, and nothing else
 
 
 class ReviewState(StrEnum):

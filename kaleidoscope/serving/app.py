@@ -8,15 +8,20 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 
 from kaleidoscope.database import open_database
+from kaleidoscope.serving import decisions, ofrep, operate
+from kaleidoscope.serving.decider import Decider, Metrics, load_keys
 from kaleidoscope.serving.http import LimitBody, add_error_handlers
-from kaleidoscope.serving.operate import router
+from kaleidoscope.serving.live import Live, models_in
 from kaleidoscope.settings import Settings
 
-DESCRIPTION = """Everything that decides what may be shown: taxonomy, materials, scenes, variants, interventions,
-releases. Send an API token as `Authorization: Bearer …` or `X-API-Key: …`. Reads carry an `ETag`; creates take an
+DESCRIPTION = """`/api/v1`: everything that decides what may be shown: taxonomy, materials, scenes, variants,
+interventions, releases. `/ofrep/v1` and `/v1`: decisions, and the events that say what became of them.
+
+Send an API token as `Authorization: Bearer …` or `X-API-Key: …`. Reads carry an `ETag`; creates take an
 `Idempotency-Key`; changes name the `version` they were made to."""
 
 
@@ -26,10 +31,24 @@ def create_app(settings: Settings) -> FastAPI:
     Raises InputError or UnavailableError where there is no such database, or it is of another version.
     """
     database = open_database(settings.database_url)
+    apart = settings.log_url != settings.database_url
+    log = open_database(settings.log_url) if apart else database
+    live = Live(
+        database,
+        models_in(settings.models_dir),
+        refresh_s=settings.refresh_s,
+        model_timeout_s=settings.model_timeout_ms / 1000,
+    )
+    decider = Decider(live, log, load_keys(settings), settings, Metrics())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        live.start()
+        decider.recorder.start()
         yield
+        live.close()
+        decider.recorder.close()
+        log.close()
         database.close()
 
     app = FastAPI(
@@ -37,10 +56,17 @@ def create_app(settings: Settings) -> FastAPI:
         separate_input_output_schemas=False,
         docs_url=None, redoc_url=None,  # their pages load scripts from elsewhere
     )  # fmt: skip
-    app.state.database, app.state.files = database, settings.files_dir
+    app.state.database, app.state.files, app.state.decider = database, settings.files_dir, decider
     app.add_middleware(LimitBody)
+    origins = [origin.strip() for origin in (settings.cors_origins or "").split(",") if origin.strip()]
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "if-none-match", "x-api-key"], expose_headers=["etag"],
+        )  # fmt: skip
     add_error_handlers(app)
-    app.include_router(router)
+    for router in (operate.router, ofrep.router, decisions.router, decisions.health):
+        app.include_router(router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -1,0 +1,323 @@
+"""What every way of asking for a decision shares: who asks, how often, what is decided, and that it is recorded.
+
+Nothing here waits for a disk: records of decisions are written by a thread, in batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import ClassVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from kaleidoscope.access import Caller
+from kaleidoscope.buckets import assign
+from kaleidoscope.database import Database
+from kaleidoscope.decide import (
+    Decision,
+    Ranking,
+    Request,
+    Served,
+    bucket_seed,
+    decide_many,
+    fatigue_features,
+    rank_top,
+)
+from kaleidoscope.decision_record import DecisionRecord, Keyring, Value
+from kaleidoscope.errors import (
+    ForbiddenError,
+    InputError,
+    KaleidoscopeError,
+    NotFoundError,
+    TooManyRequestsError,
+    UnavailableError,
+)
+from kaleidoscope.events import recent_exposures, record_decisions
+from kaleidoscope.serving.live import Live
+from kaleidoscope.settings import Settings
+from kaleidoscope.vocabulary import Bucket
+
+LOG = logging.getLogger("kaleidoscope.serving")
+MAX_ATTRIBUTES = 200
+MAX_TEXT = 500  # characters of an attribute
+MAX_UNIT = 200
+WAITING = 200_000  # records in memory; beyond, the database has been away for long, and they are counted and dropped
+BATCH = 2_000
+PAUSE_S = 0.05  # between batches
+RETRY_S = 1.0
+CALLERS = 10_000  # whose rate is remembered
+
+
+# ── keys ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def load_keys(settings: Settings) -> Keyring:
+    """The secrets of the settings; those of the file, made where there is none. Raises InputError naming which."""
+    if settings.keys is not None:
+        return Keyring.parse(settings.keys.get_secret_value())
+    path = settings.keys_file
+    try:
+        try:
+            made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return Keyring.parse(_whole(path).strip())
+        with os.fdopen(made, "w") as file:
+            file.write(f"k1:{secrets.token_urlsafe(32)}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return Keyring.parse(path.read_text().strip())
+    except OSError as error:
+        raise InputError(f"{path}: the keys cannot be read or made: {error}. See KALEIDOSCOPE_KEYS_FILE.") from None
+
+
+def _whole(path: Path) -> str:
+    """The file's text; waits a moment for another process that is just making it."""
+    for _ in range(50):
+        text = path.read_text()
+        if text.endswith("\n") or text.strip():
+            return text
+        time.sleep(0.02)
+    raise InputError(f"{path}: the file of keys is empty. Delete it, and it will be made anew.")
+
+
+# ── how often ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Pace:
+    """How often each caller may ask: a token bucket of one second's worth (never by what they ask for)."""
+
+    def __init__(self, per_s: float) -> None:
+        self.per_s, self.burst = per_s, max(per_s, 1.0)
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # caller → what is left, since when
+        self._lock = threading.Lock()
+
+    def take(self, caller: str, n: int = 1) -> None:
+        """Count n requests; raises TooManyRequestsError with the seconds to wait."""
+        at = time.monotonic()
+        with self._lock:
+            left, since = self._left.pop(caller, (self.burst, at))
+            left = min(self.burst, left + (at - since) * self.per_s)
+            allowed = left >= min(n, self.burst)
+            self._left[caller] = (left - n if allowed else left, at)
+            if len(self._left) > CALLERS:
+                self._left.popitem(last=False)
+        if not allowed:
+            wait = (min(n, self.burst) - left) / self.per_s
+            raise TooManyRequestsError(
+                f"More than {self.per_s:g} requests a second with this token. Wait, or ask for several at once.", wait
+            )
+
+
+# ── what was decided ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Metrics:
+    """What an operator of the server watches; of this process alone."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.decisions = Counter("kaleidoscope_decisions", "Decisions", ["bucket", "reason"], registry=self.registry)
+        self.errors = Counter(
+            "kaleidoscope_decision_errors", "Requests without a decision", ["code"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "kaleidoscope_decision_seconds", "Time to decide", registry=self.registry,
+            buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1),
+        )  # fmt: skip
+        self.events = Counter(
+            "kaleidoscope_events", "Items of event batches", ["status", "code"], registry=self.registry
+        )
+        self.dropped = Counter(
+            "kaleidoscope_decision_records_dropped",
+            "Records lost: the log was away for too long",
+            registry=self.registry,
+        )
+        self.waiting = Gauge("kaleidoscope_decision_records_waiting", "Records to be written", registry=self.registry)
+        self.age = Gauge("kaleidoscope_live_age_seconds", "How old what is live is", registry=self.registry)
+        self.problems = Gauge("kaleidoscope_live_problems", "Releases and models not loaded", registry=self.registry)
+
+
+class Recorder:
+    """Writes records of decisions to the log, by a thread; `close` writes what is left."""
+
+    def __init__(self, database: Database, metrics: Metrics) -> None:
+        self.database, self.metrics = database, metrics
+        self._queue: queue.Queue[DecisionRecord] = queue.Queue(WAITING)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._thread.start()
+
+    def add(self, records: Sequence[DecisionRecord]) -> None:
+        """Have them written soon. Where the log was away for too long, they are dropped, and counted."""
+        for record in records:
+            try:
+                self._queue.put_nowait(record)
+            except queue.Full:
+                self.metrics.dropped.inc()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Write what is left, for so long."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    @property
+    def waiting(self) -> int:
+        """How many records are still to be written."""
+        return self._queue.qsize()
+
+    def _run(self) -> None:
+        while not (self._stop.is_set() and self._queue.empty()):
+            batch = self._batch()
+            while batch:
+                try:
+                    record_decisions(self.database, batch)
+                    break
+                except KaleidoscopeError as error:
+                    LOG.warning("%d decisions could not be recorded yet: %s", len(batch), error.message)
+                except Exception:  # the thread has to go on
+                    LOG.exception("%d decisions could not be recorded.", len(batch))
+                if self._stop.wait(RETRY_S):
+                    LOG.error("%d decisions are lost: the log is away.", len(batch) + self._queue.qsize())
+                    return
+            self._stop.wait(PAUSE_S)
+
+    def _batch(self) -> list[DecisionRecord]:
+        batch: list[DecisionRecord] = []
+        try:
+            batch.append(self._queue.get(timeout=0.2))
+            while len(batch) < BATCH:
+                batch.append(self._queue.get_nowait())
+        except queue.Empty:
+            pass
+        return batch
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Whom to decide for, as a caller says it: a unit, and attributes that are not yet told apart."""
+
+    unit: str
+    attributes: Mapping[str, object]
+
+    COUNTED: ClassVar[tuple[type, ...]] = (str, int, float, bool)
+
+    def __post_init__(self) -> None:
+        if not self.unit.strip() or len(self.unit) > MAX_UNIT or not self.unit.isprintable():
+            raise InputError(f"the unit is empty, longer than {MAX_UNIT} characters, or not printable. Send its id.")
+        if len(self.attributes) > MAX_ATTRIBUTES:
+            raise InputError(f"there are {len(self.attributes)} attributes. Send at most {MAX_ATTRIBUTES}.")
+        for name, value in self.attributes.items():
+            if len(name) > MAX_TEXT or (isinstance(value, str) and len(value) > MAX_TEXT):
+                raise InputError(f"{name[:40]}: names and texts may have {MAX_TEXT} characters. Send less.")
+            if value is not None and not isinstance(value, self.COUNTED):
+                raise InputError(f"{name}: this is a list or an object. Send text, a number, true, false or null.")
+
+
+class Decider:
+    """Decides for callers, from what is live."""
+
+    def __init__(self, live: Live, log: Database, keyring: Keyring, settings: Settings, metrics: Metrics) -> None:
+        self.live, self.log, self.keyring, self.metrics = live, log, keyring, metrics
+        self.window_s = settings.decision_window_s
+        self.pace = Pace(settings.requests_per_s)
+        self.recorder = Recorder(log, metrics)
+
+    def caller(self, secret: str) -> tuple[Caller, str]:
+        """Whose token it is, and of which business. Raises UnauthenticatedError, ForbiddenError."""
+        caller = self.live.caller(secret)
+        if caller.business is None:
+            raise ForbiddenError("This token is of the installation. Take one of the business that owns the scenes.")
+        return caller, caller.business
+
+    def served(self, business: str, scene: str, unit: str) -> Served:
+        """The release that decides for a unit; raises NotFoundError where nothing is live for it."""
+        if not self.live.loaded:
+            raise UnavailableError("What is live is not known yet: the database is away. Show your own default.")
+        found = self.live.scenes(business).get(scene)
+        served = None if found is None else found.serving(business, unit)
+        if served is None:
+            raise NotFoundError(f"Nothing is live in scene {scene!r} for this unit. Show your own default.")
+        return served
+
+    def decide(self, business: str, scene: str, asked: Asked, *, forced: str | None = None) -> Decision:
+        """The decision for a unit, recorded. Raises NotFoundError, NothingToShowError, InputError."""
+        begun = time.perf_counter()
+        try:
+            served = self.served(business, scene, asked.unit)
+            request = self.request(served, business, scene, asked, forced=forced)
+            [decision] = decide_many(
+                served, [request], keyring=self.keyring, business=business, scene=scene, window_s=self.window_s
+            )
+        except KaleidoscopeError as error:
+            self.metrics.errors.labels(error.code).inc()
+            raise
+        self.recorder.add([decision.record])
+        self.metrics.decisions.labels(decision.record.bucket.value, decision.record.reason.value).inc()
+        self.metrics.seconds.observe(time.perf_counter() - begun)
+        return decision
+
+    def top(self, business: str, scene: str, asked: Asked, k: int) -> tuple[Served, Ranking] | Decision:
+        """The k best candidates for a unit, of which a caller chooses; nothing is decided or recorded.
+
+        For a unit of bucket control or random it is a decision all the same: they show what was drawn for them, or
+        nothing could be compared with them.
+        """
+        served = self.served(business, scene, asked.unit)
+        if assign(served.shares, bucket_seed(business, scene), asked.unit) in (Bucket.CONTROL, Bucket.RANDOM):
+            return self.decide(business, scene, asked)
+        return served, rank_top(served, self.request(served, business, scene, asked), k)
+
+    def request(self, served: Served, business: str, scene: str, asked: Asked, *, forced: str | None = None) -> Request:
+        """The attributes told apart: what placeholders take, what is of the moment, and what is the user's."""
+        filled = {p.name: p for p in served.content.placeholders if p.source == "request"}
+        moment = set(served.content.scene.context)
+        features: dict[str, Value] = {}
+        context: dict[str, Value] = {}
+        values: dict[str, object] = {}
+        for name, value in asked.attributes.items():
+            if name in filled:
+                values[name] = value
+            if name in filled and not filled[name].feature:
+                continue
+            if name in moment:
+                context[name] = value  # type: ignore[assignment]  # checked by Asked
+            else:
+                features[name] = value  # type: ignore[assignment]
+        at = datetime.now(UTC)
+        rule, hours = served.content.frequency, served.content.scene.fatigue_hours
+        seen = self._exposures(business, scene, asked.unit, at, hours * 3600) if hours is not None else {}
+        features |= fatigue_features(seen, served)
+        exposures = self._exposures(business, scene, asked.unit, at, rule.window_s) if rule is not None else {}
+        return Request(asked.unit, at, features, context, exposures, values, forced)
+
+    def _exposures(self, business: str, scene: str, unit: str, at: datetime, window_s: float) -> dict[str, int]:
+        try:
+            return recent_exposures(self.log, business, scene, unit, at - timedelta(seconds=window_s))
+        except KaleidoscopeError as error:  # a decision does not wait for the log to come back
+            LOG.warning("What unit %r saw is not known: %s", unit, error.message)
+            return {}
+
+    @property
+    def stale(self) -> bool:
+        """Whether the database has been away for a while, so that newer releases are not known."""
+        return self.live.age_s > 5 * self.live.refresh_s + 1
+
+    def settle(self) -> None:
+        """Bring the gauges up to date."""
+        self.metrics.waiting.set(self.recorder.waiting)
+        self.metrics.age.set(self.live.age_s if self.live.loaded else -1)
+        self.metrics.problems.set(len(self.live.problems))
