@@ -169,18 +169,21 @@ def demo(
 def serve(
     host: Annotated[str, typer.Option("--host", help="Address to answer at; 0.0.0.0 for every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65_535, help="Port to answer at.")] = 8000,
+    workers: Annotated[int, typer.Option("--workers", min=1, max=64, help="Processes that answer.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Answer decisions, events (/ofrep/v1, /v1) and the operators' API (/api/v1), until it is stopped with Ctrl-C."""
     from kaleidoscope.serving.app import create_app
+    from kaleidoscope.serving.server import WORKER
     from kaleidoscope.serving.server import serve as answer
     from kaleidoscope.settings import load_settings
 
-    application, url = create_app(load_settings()), f"http://{host}:{port}"
+    application, url = create_app(load_settings()), f"http://{host}:{port}"  # also where workers make their own:
+    # what is wrong with the settings is said before any of them starts, and the schema and the keys are made once
     if as_json:
         _print_json({"url": url})
         sys.stdout.flush()
-    answer(application, host, port)
+    answer(application if workers == 1 else WORKER, host, port, workers=workers)
 
 
 mount(app)

@@ -283,6 +283,13 @@ class Decision:
         materials = self.served.variants[self.record.variant].materials
         return {slot.name: self._sent(materials[slot.name]) for slot in self.served.content.scene.slots}
 
+    @property
+    def explanation(self) -> Any | None:
+        """What the model that ranked says of the score of this variant; None: none ranked, or it explains nothing."""
+        if self.record.model_version is None:
+            return None
+        return explain(self.served, self.request, self.record.variant, bucket=self.record.bucket)
+
     def _sent(self, material: str) -> dict[str, Any]:
         shown = self.served.materials[material]
         content = shown.content

@@ -79,9 +79,23 @@ class DecisionRequest(BaseModel):
     top: Annotated[
         int | None, Field(ge=1, le=100, description="Answer the best candidates instead, for a client to choose from")
     ] = None
+    explain: Annotated[bool, Field(description="Say what of the user and of the variant made its score")] = False
     forced: Annotated[
         str | None, Field(max_length=32, description="A variant to show in the one scene, to look at it; no learning")
     ] = None
+
+
+class ContributionView(BaseModel):
+    """A part of a variant's score, in the logit; all of them add up to it."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    part: str
+    field: str | None
+    value: str | None
+    dimension: str | None
+    tag: str | None
+    logit: float
 
 
 class DecisionView(BaseModel):
@@ -98,11 +112,15 @@ class DecisionView(BaseModel):
     model_version: str | None
     release: int
     token: str
+    explanation: list[ContributionView] | None = Field(
+        None, description="The largest parts of the score first, where it was asked for and a model ranked"
+    )
 
     @classmethod
-    def of(cls, decision: Decision) -> DecisionView:
+    def of(cls, decision: Decision, *, explained: bool = False) -> DecisionView:
         """The view of a decision."""
         record = decision.record
+        parts = decision.explanation if explained else None
         return cls(
             scene=record.scene,
             id=record.id,
@@ -115,6 +133,11 @@ class DecisionView(BaseModel):
             model_version=record.model_version,
             release=record.release,
             token=decision.token,
+            explanation=None
+            if parts is None
+            else [
+                ContributionView.model_validate(part) for part in sorted(parts, key=lambda part: -abs(part.logit))
+            ],
         )
 
 
@@ -158,14 +181,15 @@ class DecisionsView(BaseModel):
 def decide(client: Identified, body: DecisionRequest) -> DecisionsView:
     """Decide what a unit is shown in some scenes, or list the best candidates; a scene that fails fails alone."""
     decider, business = client.decider, client.business
-    if body.forced is not None and client.roles <= {Role.CLIENT}:
-        raise ForbiddenError("forced: a token for decisions and events alone may not choose. Take one of a person.")
+    if (body.forced is not None or body.explain) and client.roles <= {Role.CLIENT}:
+        raise ForbiddenError("forced, explain: not with a token for decisions and events alone. Take one of a person.")
     asked = Asked(body.unit, body.attributes)
     decisions, rankings, failures = [], [], []
     for scene in dict.fromkeys(body.scenes):
         try:
             if body.top is None:
-                decisions.append(DecisionView.of(decider.decide(business, scene, asked, forced=body.forced)))
+                decision = decider.decide(business, scene, asked, forced=body.forced)
+                decisions.append(DecisionView.of(decision, explained=body.explain))
                 continue
             found = decider.top(business, scene, asked, body.top)
         except UnavailableError:

@@ -11,27 +11,36 @@ from typing import Any
 import uvicorn
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.supervisors import Multiprocess
 
 from kaleidoscope.errors import JobError, UnavailableError
 from kaleidoscope.serving.http import RETRY_AFTER_S
 
 PATIENCE_S = 10
+WORKER = "kaleidoscope.serving.server:worker_application"
 
 
-def serve(application: ASGIApp, host: str, port: int, *, patience_s: int = PATIENCE_S) -> None:
+def serve(application: ASGIApp | str, host: str, port: int, *, workers: int = 1, patience_s: int = PATIENCE_S) -> None:
     """Answer at the address until SIGINT (Ctrl-C) or SIGTERM, in the process's main thread.
 
-    Open requests then get `patience_s` seconds to finish; those that do not are answered 503. Raises JobError where
-    the server ends although nobody stopped it.
+    Open requests then get `patience_s` seconds to finish; those that do not are answered 503. With several `workers`
+    the application is the name of a function that makes it, which every worker calls, and a worker that dies is
+    replaced. Raises JobError where the server ends although nobody stopped it.
     """
     config = uvicorn.Config(
-        _CutOff(application),
+        application if isinstance(application, str) else _CutOff(application),
+        factory=isinstance(application, str),
         host=host,
         port=port,
+        workers=workers,
         log_config=_log_to_stderr(),
         timeout_graceful_shutdown=patience_s,
         server_header=False,
     )
+    if workers > 1:
+        Multiprocess(config, [config.bind_socket()]).run()
+        sys.stderr.write("Stopped.\n")
+        return
     server, stopped = uvicorn.Server(config), False
 
     def stop(*_: object) -> None:
@@ -49,6 +58,14 @@ def serve(application: ASGIApp, host: str, port: int, *, patience_s: int = PATIE
     if not stopped:
         raise JobError("The server has ended by itself. What it logged says why.")
     sys.stderr.write("Stopped.\n")
+
+
+def worker_application() -> ASGIApp:
+    """The application of one of several workers, by the settings of the environment."""
+    from kaleidoscope.serving.app import create_app
+    from kaleidoscope.settings import load_settings
+
+    return _CutOff(create_app(load_settings()))
 
 
 def _log_to_stderr() -> dict[str, Any]:

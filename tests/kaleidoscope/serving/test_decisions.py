@@ -22,7 +22,8 @@ from kaleidoscope.decision_record import DecisionRecord
 from kaleidoscope.errors import InputError, JobError, TooManyRequestsError, UnavailableError
 from kaleidoscope.events import read_exposures, shown_in
 from kaleidoscope.images import store_image
-from kaleidoscope.release import ReleasePlan, Shares, get_release, verify
+from kaleidoscope.ranker import Contribution
+from kaleidoscope.release import PolicySpec, ReleasePlan, Shares, get_release, verify
 from kaleidoscope.scenes import change_scene
 from kaleidoscope.serving.decider import Asked, Decider, Metrics, Pace, Recorder, load_keys
 from kaleidoscope.serving.live import Watched, models_in
@@ -76,6 +77,28 @@ def test_a_tester_may_choose_and_a_page_may_not(released: FastAPI, client_of: Cl
     assert (decision["variant"], decision["reason"], decision["propensity"]) == (variant, "forced", 1.0)
     [failure] = ask(tester, forced="none").json()["failures"]
     assert "none" in failure["message"]
+
+
+def test_why_a_variant_is_shown_is_told_to_people(released: FastAPI, client_of: Client, sqlite: Database) -> None:
+    class Explaining(Constant):
+        def explain(self, features: int, side: int, row: int, variant: int) -> list[Contribution]:
+            assert (features, side, row, variant) == (1, 16, 0, self.favourite)
+            small = Contribution("intercept", None, None, None, None, 0.1)
+            return [small, Contribution("interaction", "age", "3", "subject", "gold", -0.9)]
+
+    decider: Decider = released.state.decider
+    decider.live.models = lambda business, version: Explaining(version)
+    plan = ReleasePlan(shares=SHARES, model_version="m2", policy=PolicySpec(epsilon=0.01), stages=(1.0,))
+    release_next(sqlite, plan)
+    page, person_ = client_of("page", Role.CLIENT), client_of("tom", Role.VIEWER)
+    decider.live.refresh()
+    assert ask(page, explain=True).status_code == 403
+    [decision] = ask(person_, unit_in(decider, Bucket.MODEL), explain=True).json()["decisions"]
+    assert [(part["part"], part["logit"]) for part in decision["explanation"]] == [
+        ("interaction", -0.9), ("intercept", 0.1),
+    ]  # fmt: skip
+    [decision] = ask(person_, unit_in(decider, Bucket.RANDOM), explain=True).json()["decisions"]
+    assert decision["explanation"] is None
 
 
 def test_attributes_are_told_apart(released: FastAPI, sqlite: Database) -> None:

@@ -92,3 +92,27 @@ def test_a_stop_during_a_slow_request_is_quiet(number: str, patience_s: int, sta
     assert answer[0][0] == status
     if status == 503:
         assert json.loads(answer[0][1])["error"]["code"] == "unavailable"
+
+
+def test_several_processes_answer_and_stop_together(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "kaleidoscope", "serve", "--port", str(port), "--workers", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    environment = {name: value for name, value in environment.items() if not name.startswith("KALEIDOSCOPE_")}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+
+        def ready() -> bool:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
+                    return json.load(answer)["status"] == "ok"
+            except OSError:
+                return False
+
+        wait_for("the server", ready)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said.count("Started server process") == 2 and said.endswith("Stopped.\n") and "Traceback" not in said
+    assert (tmp_path / "kaleidoscope-keys").read_text().count(":") == 1
