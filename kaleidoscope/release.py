@@ -598,6 +598,17 @@ def all_live(session: Session) -> dict[str, Live]:
     return {entry.scene_id: _live(entry) for entry in entries}
 
 
+def shown_number(session: Session, scene_id: str, number: int | None = None) -> int:
+    """The number, or that of the stable release, or of the canary; raises NotFoundError where nothing is live."""
+    if number is not None:
+        return get_release(session, scene_id, number).number
+    live = live_at(session, find(session, Scene, scene_id).id)
+    found = None if live is None else live.candidate if live.stable is None else live.stable
+    if found is None:
+        raise NotFoundError(f"No release of scene {scene_id!r} is live. Start one, or name an earlier release.")
+    return found
+
+
 def get_release(session: Session, scene_id: str, number: int) -> Release:
     """The release; raises NotFoundError. `verify` reads its content."""
     release = session.get(Release, (session.business, scene_id, number))

@@ -56,6 +56,9 @@ class Settings(BaseSettings):
         default=50.0, gt=0, description="Time to rank in; a model that takes longer again and again gets a pause"
     )
     cors_origins: str | None = Field(default=None, description="Origins whose pages may ask for decisions, by commas")
+    metrics_url: str | None = Field(
+        default=None, description="Where the server's /metrics are, for guardrails on errors and latency"
+    )
     feature_dir: Path = Field(default=Path("kaleidoscope-features"), description="Folder of the feature store's data")
     mlflow_url: str | None = Field(default=None, description="URL of an MLflow server; unset: a local database")
     business: str | None = Field(default=None, description="The business that commands work in, unless --business says")

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 import typer
 
-from kaleidoscope.operator_cli import businesses, materials, releases, scenes, taxonomy
+from kaleidoscope.operator_cli import (
+    businesses,
+    events,
+    experiments,
+    jobs,
+    materials,
+    models,
+    releases,
+    scenes,
+    taxonomy,
+)
 from kaleidoscope.operator_cli.frame import command
 
 GROUPS = (
@@ -21,6 +31,10 @@ GROUPS = (
     scenes.variant_group,
     releases.intervention_group,
     releases.release_group,
+    experiments.experiment_group,
+    events.events_group,
+    models.model_group,
+    jobs.job_group,
 )
 
 
@@ -29,3 +43,4 @@ def mount(app: typer.Typer) -> None:
     for group in GROUPS:
         app.add_typer(group)
     command(app, "audit")(businesses.audit)
+    app.command("worker")(jobs.worker)

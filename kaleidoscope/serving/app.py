@@ -57,6 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None, redoc_url=None,  # their pages load scripts from elsewhere
     )  # fmt: skip
     app.state.database, app.state.files, app.state.decider = database, settings.files_dir, decider
+    app.state.log_dir = settings.log_dir
     app.add_middleware(LimitBody)
     origins = [origin.strip() for origin in (settings.cors_origins or "").split(",") if origin.strip()]
     if origins:

@@ -262,8 +262,8 @@ class Decider:
             [decision] = decide_many(
                 served, [request], keyring=self.keyring, business=business, scene=scene, window_s=self.window_s
             )
-        except KaleidoscopeError as error:
-            self.metrics.errors.labels(error.code).inc()
+        except Exception as error:
+            self.metrics.errors.labels(error.code if isinstance(error, KaleidoscopeError) else "internal").inc()
             raise
         self.recorder.add([decision.record])
         self.metrics.decisions.labels(decision.record.bucket.value, decision.record.reason.value).inc()

@@ -135,9 +135,7 @@ class DecisionView(BaseModel):
             token=decision.token,
             explanation=None
             if parts is None
-            else [
-                ContributionView.model_validate(part) for part in sorted(parts, key=lambda part: -abs(part.logit))
-            ],
+            else [ContributionView.model_validate(part) for part in sorted(parts, key=lambda part: -abs(part.logit))],
         )
 
 

@@ -10,16 +10,27 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, File, Form, Query, Request, Response, UploadFile
 from fastapi import Path as InPath
 from fastapi.responses import FileResponse
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from kaleidoscope import businesses, combiner, interventions, materials, release, review, scenes, taxonomy, tokens
+from kaleidoscope import (
+    businesses,
+    combiner,
+    guard,
+    interventions,
+    materials,
+    release,
+    review,
+    scenes,
+    taxonomy,
+    tokens,
+)
 from kaleidoscope.content import Content, Image, Placeholder, Tag
-from kaleidoscope.database import MAX_PAGE, PAGE, Session
+from kaleidoscope.database import MAX_PAGE, PAGE, check_moment
 from kaleidoscope.errors import InputError, NotFoundError, UnavailableError
 from kaleidoscope.images import MAX_BYTES, image_path, store_image
 from kaleidoscope.release import ReleaseContent
@@ -794,3 +805,34 @@ def get_live(
         scenes.get_scene(session, scene)
         found = release.live_at(session, scene, at)
         return None if found is None else LiveView.of(found)
+
+
+# ── what the log says ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@router.get(f"{SCENE}/experiment", tags=["experiments"], responses=READ)
+def get_experiment(
+    call: Caught,
+    request: Request,
+    scene: str,
+    release_number: Annotated[int | None, Query(ge=1, le=MAX_INT, alias="release")] = None,
+    since: Annotated[AwareDatetime | None, Query(description="Exposures from then on")] = None,
+    until: Annotated[AwareDatetime | None, Query(description="Exposures before then")] = None,
+) -> dict[str, Any]:
+    """The buckets of a release compared: rates, lifts with intervals, sample ratio (docs/experiments.md)."""
+    with call.read() as session:
+        number = release.shown_number(session, scene, release_number)
+        shares = release.verify(release.get_release(session, scene, number)).shares
+        business = session.business
+    with _at_work():
+        report = guard.compare(
+            request.app.state.decider.log,
+            request.app.state.log_dir,
+            business=business,
+            scene=scene,
+            release=number,
+            shares=shares,
+            since=None if since is None else check_moment("since", since),
+            until=None if until is None else check_moment("until", until),
+        )
+    return {**report.as_dict(), "says": report.lines()}

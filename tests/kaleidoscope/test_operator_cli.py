@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples" / "wealth"
 COMMON = {"--business", "--as", "--json", "--help"}
 GROUPS = (
-    "business", "database", "events", "intervention", "job", "material", "model", "release", "scene",
+    "business", "database", "events", "experiment", "intervention", "job", "material", "model", "release", "scene",
     "taxonomy", "token", "variant",
 )  # fmt: skip
 

@@ -34,6 +34,7 @@ def test_defaults_need_no_environment() -> None:
         "requests_per_s": 1000.0,
         "model_timeout_ms": 50.0,
         "cors_origins": None,
+        "metrics_url": None,
         "feature_dir": "kaleidoscope-features",
         "mlflow_url": None,
         "business": None,

@@ -57,7 +57,13 @@ def app(sqlite: Database, tmp_path: Path) -> FastAPI:
 
 def settings_for(url: str, folder: Path, **more: object) -> Settings:
     """Settings that keep everything in one database and one folder."""
-    keep = {"database_url": url, "log_url": url, "files_dir": folder / "files", "models_dir": folder / "models"}
+    keep = {
+        "database_url": url,
+        "log_url": url,
+        "files_dir": folder / "files",
+        "models_dir": folder / "models",
+        "log_dir": folder / "log",
+    }
     return Settings.model_validate({**keep, "keys": "k1:0123456789abcdef0123", **more})
 
 

@@ -135,6 +135,7 @@ def operations() -> list[Operation]:
         ),
         Operation("GET", f"{S}/ledger", f"{SCENE}/ledger"),
         Operation("GET", f"{S}/live", f"{SCENE}/live"),
+        Operation("GET", f"{S}/experiment", f"{SCENE}/experiment"),
     ]  # fmt: skip
 
 
