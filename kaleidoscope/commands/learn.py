@@ -99,7 +99,7 @@ def learn_file(
     simulated: bool = False,
 ) -> Learned:
     """As `run_learn`, and returns all that was learned. `simulated` marks the report."""
-    clock = _Clock(progress)
+    clock = Clock(progress)
     with clock("read"):
         schema = read_schema(schema_path)
         log = read_log(log_path, schema)
@@ -117,7 +117,7 @@ def learn_file(
     return learned
 
 
-def learn(log: Log, schema: LogSchema, *, seed: int, clock: _Clock, simulated: bool = False) -> Learned:
+def learn(log: Log, schema: LogSchema, *, seed: int, clock: Clock, simulated: bool = False) -> Learned:
     """The summary of the log contract, what the report shows beside it, and the networks.
 
     Rows of weight 0 are exposures, but say nothing of what policies earn. A log whose exposure depends on the user with
@@ -136,7 +136,7 @@ def learn(log: Log, schema: LogSchema, *, seed: int, clock: _Clock, simulated: b
         rows = LoggedRows(
             log.reward.astype(np.float64), log.variant, support.propensity, log.count, log.weight, log.unit, support
         )
-        encoder = _fit_encoder(log, schema)
+        encoder = fit_encoder(log, schema)
         examples = Examples.of(log, encoder)
     with clock("cross-fit"):
         policies = _policies(schema) if has_claim else []
@@ -210,7 +210,8 @@ def _n_folds(rows: int) -> int:
     return next((k for limit, k in FOLDS if rows <= limit), 2)
 
 
-def _fit_encoder(log: Log, schema: LogSchema) -> Encoder:
+def fit_encoder(log: Log, schema: LogSchema) -> Encoder:
+    """The encoder of a log's user features, context, group and tags."""
     return Encoder.fit(
         columns_of(log),
         user=schema.user,
@@ -249,7 +250,7 @@ def _cross_fit(
         np.empty(n),
     )
     blind_examples, blind_encoder = examples.only(encoder, "context", "group")
-    blind_examples = replace(blind_examples, weight=_as_if_blind(rows, support, blind_examples.weight))
+    blind_examples = replace(blind_examples, weight=as_if_blind(rows, support, blind_examples.weight))
     for f in range(k):
         train, held = np.flatnonzero(fold != f), np.flatnonzero(fold == f)
         network = fit_network(examples.take(train), encoder, seed=seed + f)
@@ -274,7 +275,7 @@ def _cross_fit(
     return out
 
 
-def _as_if_blind(rows: LoggedRows, support: Support, weight: Floats) -> Floats:
+def as_if_blind(rows: LoggedRows, support: Support, weight: Floats) -> Floats:
     """(n,) weights under which what was shown does not depend on the user: × P(shown | context) / P(shown | all known).
 
     Known propensities may depend on the user; a model without user features would then take the taste of a variant's
@@ -588,7 +589,7 @@ def _write(out_dir: Path, summary: Mapping[str, object], report: str) -> None:
         raise JobError(f"{out_dir}: the report cannot be written there: {error}") from error
 
 
-class _Clock:
+class Clock:
     """Announces stages to a `Progress` and keeps how long each took."""
 
     def __init__(self, progress: Progress) -> None:
@@ -598,6 +599,7 @@ class _Clock:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """Time a stage."""
         self._progress.stage(stage)
         start = time.perf_counter()
         yield

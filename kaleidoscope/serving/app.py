@@ -12,6 +12,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 
 from kaleidoscope.database import open_database
+from kaleidoscope.registry import fetch
 from kaleidoscope.serving import decisions, ofrep, operate
 from kaleidoscope.serving.decider import Decider, Metrics, load_keys
 from kaleidoscope.serving.http import LimitBody, add_error_handlers
@@ -35,7 +36,7 @@ def create_app(settings: Settings) -> FastAPI:
     log = open_database(settings.log_url) if apart else database
     live = Live(
         database,
-        models_in(settings.models_dir),
+        models_in(lambda business, version: fetch(settings, business, version)),
         refresh_s=settings.refresh_s,
         model_timeout_s=settings.model_timeout_ms / 1000,
     )
@@ -57,7 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None, redoc_url=None,  # their pages load scripts from elsewhere
     )  # fmt: skip
     app.state.database, app.state.files, app.state.decider = database, settings.files_dir, decider
-    app.state.log_dir = settings.log_dir
+    app.state.log_dir, app.state.settings = settings.log_dir, settings
     app.add_middleware(LimitBody)
     origins = [origin.strip() for origin in (settings.cors_origins or "").split(",") if origin.strip()]
     if origins:

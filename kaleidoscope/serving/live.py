@@ -42,13 +42,13 @@ VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", re.ASCII)
 Models = Callable[[str, str], Scorer]  # business, version → the model; raises JobError
 
 
-def models_in(folder: Path) -> Models:
-    """Exported models, from `folder`/BUSINESS/VERSION."""
+def models_in(folder_of: Callable[[str, str], Path]) -> Models:
+    """Exported models, from the folder that each (business, version) has on this machine."""
 
     def load(business: str, version: str) -> Scorer:
         if not VERSION.fullmatch(version):
             raise JobError(f"model {version!r}: this is no version's name. Train a model, and name its version.")
-        return Ranker.load(folder / business / version)
+        return Ranker.load(folder_of(business, version))
 
     return load
 

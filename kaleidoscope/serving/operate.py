@@ -23,6 +23,7 @@ from kaleidoscope import (
     guard,
     interventions,
     materials,
+    registry,
     release,
     review,
     scenes,
@@ -30,7 +31,7 @@ from kaleidoscope import (
     tokens,
 )
 from kaleidoscope.content import Content, Image, Placeholder, Tag
-from kaleidoscope.database import MAX_PAGE, PAGE, check_moment
+from kaleidoscope.database import MAX_PAGE, PAGE, Session, check_moment
 from kaleidoscope.errors import InputError, NotFoundError, UnavailableError
 from kaleidoscope.images import MAX_BYTES, image_path, store_image
 from kaleidoscope.release import ReleaseContent
@@ -719,11 +720,17 @@ def list_releases(call: Caught, scene: str, cursor: Cursor = None, limit: Limit 
 
 
 @router.post(f"{SCENE}/releases", tags=["releases"], status_code=201, response_model=ReleaseView)
-def draft_release(call: Caught, scene: str, body: NewRelease) -> Response:
-    """Draft a release: a snapshot of what is approved, that never changes."""
-    return call.create(
-        lambda session: ReleaseView.of(release.draft_release(session, scene, body.plan, body.note), ReleaseState.DRAFT)
-    )
+def draft_release(call: Caught, request: Request, scene: str, body: NewRelease) -> Response:
+    """Draft a release: a snapshot of what is approved, that never changes.
+
+    Its model may be named `champion`, `challenger` or `generic`: what that is now is what the release holds.
+    """
+
+    def make(session: Session) -> ReleaseView:
+        plan = registry.with_versions(request.app.state.settings, session, scene, body.plan)
+        return ReleaseView.of(release.draft_release(session, scene, plan, body.note), ReleaseState.DRAFT)
+
+    return call.create(make)
 
 
 @router.get(f"{SCENE}/releases/{{number}}", tags=["releases"], responses=READ)

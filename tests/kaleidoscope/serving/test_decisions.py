@@ -309,7 +309,7 @@ def test_a_caller_gets_a_seconds_worth_at_once_and_then_waits() -> None:
 @pytest.mark.parametrize("version", ["../m", "a/b", ".hidden", "", "x" * 201])
 def test_a_models_version_is_no_path(tmp_path: Path, version: str) -> None:
     with pytest.raises(JobError, match="no version's name"):
-        models_in(tmp_path)("acme", version)
+        models_in(lambda business, name: tmp_path / business / name)("acme", version)
 
 
 def test_the_application_starts_and_stops_with_its_threads(sqlite: Database, tmp_path: Path) -> None:
