@@ -21,6 +21,7 @@ from sqlalchemy import (
     String,
     Text,
     TypeDecorator,
+    UniqueConstraint,
     text,
 )
 from sqlalchemy.engine import Dialect
@@ -412,14 +413,14 @@ class Event(Logged, Base):
 
     __tablename__ = "events"
 
+    decision_id: Mapped[str] = mapped_column(String(64), primary_key=True)
     event_id: Mapped[str] = mapped_column(String(128), primary_key=True)
-    decision_id: Mapped[str] = mapped_column(String(64))
     kind: Mapped[str] = mapped_column(String(16))  # events.Kind
     at_us: Mapped[int] = mapped_column(BigInteger)  # by the client's clock, between the decision and its receipt
     received_us: Mapped[int] = mapped_column(BigInteger)
     value: Mapped[float | None]
 
-    __table_args__ = (Index(None, "business_id", "decision_id"), {"sqlite_with_rowid": False})
+    __table_args__ = (UniqueConstraint("business_id", "event_id"), {"sqlite_with_rowid": False})
 
 
 class EventCount(Logged, Base):

@@ -41,16 +41,16 @@ def upgrade() -> None:
     op.create_table(
         "events",
         sa.Column("business_id", sa.String(length=63), nullable=False),
-        sa.Column("event_id", sa.String(length=128), nullable=False),
         sa.Column("decision_id", sa.String(length=64), nullable=False),
+        sa.Column("event_id", sa.String(length=128), nullable=False),
         sa.Column("kind", sa.String(length=16), nullable=False),
         sa.Column("at_us", sa.BigInteger(), nullable=False),
         sa.Column("received_us", sa.BigInteger(), nullable=False),
         sa.Column("value", sa.Double(), nullable=True),
-        sa.PrimaryKeyConstraint("business_id", "event_id", name=op.f("pk_events")),
+        sa.PrimaryKeyConstraint("business_id", "decision_id", "event_id", name=op.f("pk_events")),
+        sa.UniqueConstraint("business_id", "event_id", name=op.f("uq_events_business_id_event_id")),
         sqlite_with_rowid=False,
     )
-    op.create_index(op.f("ix_events_business_id_decision_id"), "events", ["business_id", "decision_id"])
 
     op.create_table(
         "event_counts",
@@ -85,7 +85,6 @@ def downgrade() -> None:
     op.drop_table("log_parts")
     op.drop_table("closed_days")
     op.drop_table("event_counts")
-    op.drop_index(op.f("ix_events_business_id_decision_id"), "events")
     op.drop_table("events")
     op.drop_index(op.f("ix_decisions_business_id_unit_scene"), "decisions")
     op.drop_index(op.f("ix_decisions_business_id_scene_at_us"), "decisions")
