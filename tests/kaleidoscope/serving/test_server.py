@@ -116,3 +116,15 @@ def test_several_processes_answer_and_stop_together(tmp_path: Path) -> None:
     assert process.returncode == 0
     assert said.count("Started server process") == 2 and said.endswith("Stopped.\n") and "Traceback" not in said
     assert (tmp_path / "kaleidoscope-keys").read_text().count(":") == 1
+
+
+def test_a_server_needs_none_of_what_trains() -> None:
+    program = """
+import sys
+for name in ("feast", "interpret", "lightgbm", "mlflow", "models", "sklearn", "torch"):
+    sys.modules[name] = None  # importing it fails
+from kaleidoscope.serving.app import create_app
+"""
+    root = str(Path(__file__).parents[3])
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
