@@ -258,6 +258,7 @@ class Request:
     exposures: Mapping[str, int] = field(default_factory=dict)  # variant → exposures in the frequency rule's window
     values: Mapping[str, object] = field(default_factory=dict)  # of placeholders that the request fills
     forced: str | None = None  # a variant that a tester asks for
+    note: str = ""  # why too little is known of the user
 
 
 @dataclass(frozen=True, eq=False)
@@ -389,11 +390,12 @@ def _recall(served: Served, request: Request, bucket: Bucket, rested: Sequence[s
     if request.forced is not None and request.forced not in served.position:
         raise NotFoundError(f"forced: release {served.number} has no variant {request.forced!r}. Name one that it has.")
     resolution, eligible, unpinned = served.pools(request.features, request.at)
+    notes = [request.note] if request.note else []
     if bucket not in _MODELS and unpinned.positions:
         blocked = bucket == Bucket.CONTROL and not unpinned.mask[served.position[served.content.baseline]]
-        return _Case(request, bucket, unpinned, False, (), ["the baseline is blocked"] if blocked else [])
+        return _Case(request, bucket, unpinned, False, (), [*notes, *["the baseline is blocked"] * blocked])
     # Blocks may leave nothing but what a pin saves from them; then that is shown in every bucket.
-    case = _Case(request, bucket, eligible, resolution.pinned is not None, (), [])
+    case = _Case(request, bucket, eligible, resolution.pinned is not None, (), notes)
     if bucket not in _MODELS or request.forced is not None:
         return case
     if rested is None:

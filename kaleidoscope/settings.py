@@ -60,6 +60,9 @@ class Settings(BaseSettings):
         default=None, description="Where the server's /metrics are, for guardrails on errors and latency"
     )
     feature_dir: Path = Field(default=Path("kaleidoscope-features"), description="Folder of the feature store's data")
+    feature_url: SecretStr | None = Field(
+        default=None, description="URL of a Redis that online features are kept in; unset: SQLite in `feature_dir`"
+    )
     mlflow_url: str | None = Field(default=None, description="URL of an MLflow server; unset: a local database")
     business: str | None = Field(default=None, description="The business that commands work in, unless --business says")
     user: str | None = Field(default=None, description="Who is working on the command line, unless --as says")

@@ -12,6 +12,7 @@ from kaleidoscope.operator_cli import (
     businesses,
     events,
     experiments,
+    features,
     jobs,
     materials,
     models,
@@ -34,6 +35,7 @@ GROUPS = (
     experiments.experiment_group,
     events.events_group,
     models.model_group,
+    features.feature_group,
     jobs.job_group,
 )
 

@@ -150,13 +150,16 @@ def events_drop(
 
 def _erased(work: Work, unit: str) -> Mapping[str, object]:
     """Before the audit's transaction: the log may be in the same database, which has one writer at a time."""
+    from kaleidoscope import feature_store
     from kaleidoscope.database import open_database
     from kaleidoscope.events import erase_unit
     from kaleidoscope.vocabulary import Role
 
     work.session.caller.require(Role.ADMIN)
     with open_database(work.settings.log_url) as database:
-        return {"dropped": erase_unit(database, work.settings.log_dir, business=work.session.business, unit=unit)}
+        dropped = erase_unit(database, work.settings.log_dir, business=work.session.business, unit=unit)
+    feature_store.erase(work.settings, work.session.business, unit)  # after the log, of which they are made
+    return {"dropped": dropped}
 
 
 @command(events_group, "erase", write=True, first=_erased)

@@ -44,11 +44,9 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        live.start()
-        decider.recorder.start()
+        decider.start()
         yield
-        live.close()
-        decider.recorder.close()
+        decider.close()
         log.close()
         database.close()
 

@@ -43,6 +43,7 @@ from kaleidoscope.errors import (
     UnavailableError,
 )
 from kaleidoscope.events import recent_exposures, record_decisions
+from kaleidoscope.feature_store import OnlineFeatures
 from kaleidoscope.serving.live import Live
 from kaleidoscope.settings import Settings
 from kaleidoscope.vocabulary import Bucket
@@ -235,6 +236,19 @@ class Decider:
         self.window_s = settings.decision_window_s
         self.pace = Pace(settings.requests_per_s)
         self.recorder = Recorder(log, metrics)
+        self.features = OnlineFeatures(settings, refresh_s=settings.refresh_s)
+
+    def start(self) -> None:
+        """Begin to look what is live and what is known of users, and to write what was decided."""
+        self.live.start()
+        self.features.start()
+        self.recorder.start()
+
+    def close(self) -> None:
+        """Stop looking, and write what is left."""
+        self.live.close()
+        self.features.close()
+        self.recorder.close()
 
     def caller(self, secret: str) -> tuple[Caller, str]:
         """Whose token it is, and of which business. Raises UnauthenticatedError, ForbiddenError."""
@@ -298,11 +312,13 @@ class Decider:
             else:
                 features[name] = value  # type: ignore[assignment]
         at = datetime.now(UTC)
+        known, note = self.features.features_for(business, scene, asked.unit, at)
+        features = {name: value for name, value in known.items() if name not in moment} | features
         rule, hours = served.content.frequency, served.content.scene.fatigue_hours
         seen = self._exposures(business, scene, asked.unit, at, hours * 3600) if hours is not None else {}
         features |= fatigue_features(seen, served)
         exposures = self._exposures(business, scene, asked.unit, at, rule.window_s) if rule is not None else {}
-        return Request(asked.unit, at, features, context, exposures, values, forced)
+        return Request(asked.unit, at, features, context, exposures, values, forced, note)
 
     def _exposures(self, business: str, scene: str, unit: str, at: datetime, window_s: float) -> dict[str, int]:
         try:

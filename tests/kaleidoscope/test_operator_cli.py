@@ -26,8 +26,8 @@ ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples" / "wealth"
 COMMON = {"--business", "--as", "--json", "--help"}
 GROUPS = (
-    "business", "database", "events", "experiment", "intervention", "job", "material", "model", "release", "scene",
-    "taxonomy", "token", "variant",
+    "business", "database", "events", "experiment", "features", "intervention", "job", "material",
+    "model", "release", "scene", "taxonomy", "token", "variant",
 )  # fmt: skip
 
 

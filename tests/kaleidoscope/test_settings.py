@@ -36,6 +36,7 @@ def test_defaults_need_no_environment() -> None:
         "cors_origins": None,
         "metrics_url": None,
         "feature_dir": "kaleidoscope-features",
+        "feature_url": None,
         "mlflow_url": None,
         "business": None,
         "user": None,

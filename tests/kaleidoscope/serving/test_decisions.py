@@ -330,3 +330,24 @@ def test_the_application_starts_and_stops_with_its_threads(sqlite: Database, tmp
         refused = client.options("/v1/decisions", headers={**headers, "Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in refused.headers
     assert not app.state.decider.live._thread.is_alive()
+
+
+# ── what is known of a user ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_stored_features_are_added_and_a_callers_own_win(
+    released: FastAPI, client_of: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decider: Decider = released.state.decider
+    asked: list[tuple[str, str, str]] = []
+
+    def known(business: str, scene: str, unit: str, at: datetime) -> tuple[dict[str, Any], str]:
+        asked.append((business, scene, unit))
+        return ({"age": 30, "income": 5}, "") if unit == "known" else ({}, "the feature store is not open yet")
+
+    monkeypatch.setattr(decider.features, "features_for", known)
+    decision = decider.decide("acme", "welcome", Asked("known", {"age": 44}))
+    assert dict(decision.record.features) == {"age": 44, "income": 5}
+    assert asked == [("acme", "welcome", "known")]
+    [answer] = ask(client_of("page", Role.CLIENT), "stranger").json()["decisions"]
+    assert "not open yet" in answer["detail"]
