@@ -87,7 +87,10 @@ def events_counts(
     """Count what came of the events that were sent: accepted, duplicate, forged, late, of bots."""
     from kaleidoscope.database import open_database
     from kaleidoscope.events import event_counts
+    from kaleidoscope.scenes import get_scene
 
+    if scene is not None:
+        get_scene(work.session, scene)
     with open_database(work.settings.log_url) as database:
         found = event_counts(database, work.session.business, scene=scene, since=_day("--since", since))
     counts = {what.value: n for what, n in sorted(found.items())}
@@ -156,6 +159,8 @@ def _erased(work: Work, unit: str) -> Mapping[str, object]:
     from kaleidoscope.vocabulary import Role
 
     work.session.caller.require(Role.ADMIN)
+    if not unit.strip():
+        raise InputError("--unit: say whom to forget.")
     with open_database(work.settings.log_url) as database:
         dropped = erase_unit(database, work.settings.log_dir, business=work.session.business, unit=unit)
     feature_store.erase(work.settings, work.session.business, unit)  # after the log, of which they are made

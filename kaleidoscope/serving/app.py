@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -11,7 +12,8 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 
-from kaleidoscope.database import open_database
+from kaleidoscope.database import Database, open_database
+from kaleidoscope.errors import UnavailableError
 from kaleidoscope.registry import fetch
 from kaleidoscope.serving import decisions, ofrep, operate
 from kaleidoscope.serving.decider import Decider, Metrics, load_keys
@@ -27,13 +29,13 @@ Send an API token as `Authorization: Bearer …` or `X-API-Key: …`. Reads carr
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """The HTTP face on the database of the settings, whose schema is made if it is empty.
+    """The HTTP face on the databases of the settings, whose schema is made where they are empty.
 
-    Raises InputError or UnavailableError where there is no such database, or it is of another version.
+    Where one is away it is waited for: requests that need it are answered 503 until then. Raises InputError where it
+    can be none of ours, or is of another version.
     """
-    database = open_database(settings.database_url)
-    apart = settings.log_url != settings.database_url
-    log = open_database(settings.log_url) if apart else database
+    database = _open(settings.database_url)
+    log = _open(settings.log_url) if settings.log_url != settings.database_url else database
     live = Live(
         database,
         models_in(lambda business, version: fetch(settings, business, version)),
@@ -69,6 +71,14 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+def _open(url: str) -> Database:
+    try:
+        return open_database(url)
+    except UnavailableError as error:
+        logging.getLogger("kaleidoscope.serving").warning("%s Waiting for it.", error.message)
+        return Database(url)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

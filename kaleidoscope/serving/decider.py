@@ -6,17 +6,21 @@ Nothing here waits for a disk: records of decisions are written by a thread, in 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import secrets
 import threading
 import time
+import unicodedata
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import ClassVar
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -49,10 +53,19 @@ from kaleidoscope.settings import Settings
 from kaleidoscope.vocabulary import Bucket
 
 LOG = logging.getLogger("kaleidoscope.serving")
-MAX_ATTRIBUTES = 200
+Answer = TypeVar("Answer")
+MAX_ATTRIBUTES = 100
+MAX_NAMES = 300  # different attributes of a scene that a process keeps: each is a column of the log
+MAX_NAME = 100
 MAX_TEXT = 500  # characters of an attribute
+READ_S = 0.03  # that a decision waits for what the log knows of a user
+READERS = 4
+SLOW_IN_A_ROW = 3
+PAUSE_AFTER_S = 10.0
+WRITERS = 8  # batches of events that are written at once
+QUEUED = 64  # batches that may wait for that
 MAX_UNIT = 200
-WAITING = 200_000  # records in memory; beyond, the database has been away for long, and they are counted and dropped
+WAITING = 50_000  # records in memory; beyond, the database has been away for long, and they are counted and dropped
 BATCH = 2_000
 PAUSE_S = 0.05  # between batches
 RETRY_S = 1.0
@@ -209,23 +222,99 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Asked:
-    """Whom to decide for, as a caller says it: a unit, and attributes that are not yet told apart."""
+    """Whom to decide for, as a caller says it: a unit, and attributes that are not yet told apart.
+
+    Raises InputError for what no log could hold: a unit, a name or a text with control characters or halves of
+    surrogate pairs, values that are no text, number, true, false or null, and more or longer ones than are taken.
+    """
 
     unit: str
     attributes: Mapping[str, object]
 
-    COUNTED: ClassVar[tuple[type, ...]] = (str, int, float, bool)
-
     def __post_init__(self) -> None:
-        if not self.unit.strip() or len(self.unit) > MAX_UNIT or not self.unit.isprintable():
-            raise InputError(f"the unit is empty, longer than {MAX_UNIT} characters, or not printable. Send its id.")
+        if not self.unit.strip():
+            raise InputError("the unit is empty. Send the user's id.")
+        if len(self.unit) > MAX_UNIT:
+            raise InputError(f"the unit has {len(self.unit):,} characters. Send an id of at most {MAX_UNIT}.")
+        if _unkeepable(self.unit):
+            raise InputError("the unit holds control characters. Send the user's id.")
         if len(self.attributes) > MAX_ATTRIBUTES:
-            raise InputError(f"there are {len(self.attributes)} attributes. Send at most {MAX_ATTRIBUTES}.")
+            raise InputError(f"there are {len(self.attributes):,} attributes. Send at most {MAX_ATTRIBUTES}.")
         for name, value in self.attributes.items():
-            if len(name) > MAX_TEXT or (isinstance(value, str) and len(value) > MAX_TEXT):
-                raise InputError(f"{name[:40]}: names and texts may have {MAX_TEXT} characters. Send less.")
-            if value is not None and not isinstance(value, self.COUNTED):
-                raise InputError(f"{name}: this is a list or an object. Send text, a number, true, false or null.")
+            if not name.strip() or len(name) > MAX_NAME or _unkeepable(name):
+                raise InputError(
+                    f"{name[:40]!r} cannot be an attribute's name. Use 1 to {MAX_NAME} characters that can be seen."
+                )
+            problem = _problem(value)
+            if problem:
+                raise InputError(f"{name}: {problem}")
+
+
+def _unkeepable(text: str) -> bool:
+    """Whether no log could hold it, or no eye tell it: control characters, halves of surrogate pairs."""
+    return any(unicodedata.category(character) in ("Cc", "Cs") for character in text)
+
+
+def _problem(value: object) -> str:
+    """What is wrong with an attribute's value; empty: nothing."""
+    if value is None or isinstance(value, bool):
+        return ""
+    if isinstance(value, str):
+        if len(value) > MAX_TEXT:
+            return f"this text has {len(value):,} characters. Send at most {MAX_TEXT}."
+        return "this text holds control characters. Leave them out." if _unkeepable(value) else ""
+    if isinstance(value, int):
+        return "" if -(2**63) <= value < 2**63 else "this number is beyond 64 bits. Send a smaller one, or text."
+    if isinstance(value, float):
+        return "" if math.isfinite(value) else "this is no number that can be compared. Leave it out, or send null."
+    return "this is a list or an object. Send text, a number, true, false or null."
+
+
+class Names:
+    """The attributes of each scene that this process has seen: each is a column of the log, so there is an end."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, str], set[str]] = {}
+        self._lock = threading.Lock()
+
+    def kept(self, business: str, scene: str, names: Iterable[str]) -> set[str]:
+        """Those of the names that are among the first MAX_NAMES of the scene."""
+        seen = self._seen.setdefault((business, scene), set())
+        found = set(names)
+        if found <= seen:
+            return found
+        with self._lock:
+            for name in sorted(found - seen)[: max(0, MAX_NAMES - len(seen))]:
+                seen.add(name)
+        return found & seen
+
+
+class Timely:
+    """Asks something that may be slow and waits for a moment only; after that again and again, it gets a pause."""
+
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix=name)
+        self._slow, self._paused_until = 0, -float("inf")
+
+    def ask(self, question: Callable[[], Answer]) -> Answer:
+        """The answer; raises TimeoutError where there is none in time, or there were too many such."""
+        if time.monotonic() < self._paused_until:
+            raise TimeoutError("it was too slow, and has a pause")
+        asked = self._pool.submit(question)
+        try:
+            found = asked.result(READ_S)
+        except FutureTimeoutError:
+            asked.cancel()
+            self._slow += 1
+            if self._slow >= SLOW_IN_A_ROW:
+                self._slow, self._paused_until = 0, time.monotonic() + PAUSE_AFTER_S
+            raise TimeoutError("it is too slow") from None
+        self._slow = 0
+        return found
+
+    def close(self) -> None:
+        """Ask nothing more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Decider:
@@ -236,6 +325,9 @@ class Decider:
         self.window_s = settings.decision_window_s
         self.pace = Pace(settings.requests_per_s)
         self.recorder = Recorder(log, metrics)
+        self.names, self.reads = Names(), Timely("log-reader")
+        self.writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="events")
+        self.writing = 0  # batches of events that are written or wait
         self.features = OnlineFeatures(settings, refresh_s=settings.refresh_s)
 
     def start(self) -> None:
@@ -248,10 +340,12 @@ class Decider:
         """Stop looking, and write what is left."""
         self.live.close()
         self.features.close()
+        self.reads.close()
+        self.writers.shutdown()
         self.recorder.close()
 
     def caller(self, secret: str) -> tuple[Caller, str]:
-        """Whose token it is, and of which business. Raises UnauthenticatedError, ForbiddenError."""
+        """Whose token it is, and of which business; may look it up. Raises UnauthenticatedError, ForbiddenError."""
         caller = self.live.caller(secret)
         if caller.business is None:
             raise ForbiddenError("This token is of the installation. Take one of the business that owns the scenes.")
@@ -299,13 +393,14 @@ class Decider:
         """The attributes told apart: what placeholders take, what is of the moment, and what is the user's."""
         filled = {p.name: p for p in served.content.placeholders if p.source == "request"}
         moment = set(served.content.scene.context)
+        kept = self.names.kept(business, scene, asked.attributes)
         features: dict[str, Value] = {}
         context: dict[str, Value] = {}
         values: dict[str, object] = {}
         for name, value in asked.attributes.items():
             if name in filled:
                 values[name] = value
-            if name in filled and not filled[name].feature:
+            if name not in kept or (name in filled and not filled[name].feature):
                 continue
             if name in moment:
                 context[name] = value  # type: ignore[assignment]  # checked by Asked
@@ -313,6 +408,8 @@ class Decider:
                 features[name] = value  # type: ignore[assignment]
         at = datetime.now(UTC)
         known, note = self.features.features_for(business, scene, asked.unit, at)
+        if len(kept) < len(asked.attributes):
+            note = "; ".join(filter(None, [note, f"{len(asked.attributes) - len(kept)} attributes beyond the limit"]))
         features = {name: value for name, value in known.items() if name not in moment} | features
         rule, hours = served.content.frequency, served.content.scene.fatigue_hours
         seen = self._exposures(business, scene, asked.unit, at, hours * 3600) if hours is not None else {}
@@ -321,10 +418,11 @@ class Decider:
         return Request(asked.unit, at, features, context, exposures, values, forced, note)
 
     def _exposures(self, business: str, scene: str, unit: str, at: datetime, window_s: float) -> dict[str, int]:
+        since = at - timedelta(seconds=window_s)
         try:
-            return recent_exposures(self.log, business, scene, unit, at - timedelta(seconds=window_s))
-        except KaleidoscopeError as error:  # a decision does not wait for the log to come back
-            LOG.warning("What unit %r saw is not known: %s", unit, error.message)
+            return self.reads.ask(lambda: recent_exposures(self.log, business, scene, unit, since))
+        except (KaleidoscopeError, TimeoutError) as error:  # a decision does not wait for the log to come back
+            LOG.warning("What unit %r saw is not known: %s", unit, error)
             return {}
 
     @property

@@ -5,6 +5,7 @@ Callers are pages, apps and services with a token of the business; role `client`
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -13,13 +14,14 @@ from fastapi import Path as InPath
 from fastapi.responses import FileResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 
 from kaleidoscope.content import Image
 from kaleidoscope.decide import Decision
 from kaleidoscope.errors import ForbiddenError, KaleidoscopeError, NotFoundError, UnavailableError
-from kaleidoscope.events import Rules, ingest
+from kaleidoscope.events import ItemResult, Rules, ingest
 from kaleidoscope.images import image_path
-from kaleidoscope.serving.decider import Asked, Decider
+from kaleidoscope.serving.decider import QUEUED, WRITERS, Asked, Decider
 from kaleidoscope.serving.http import ERRORS, ErrorBody, api_key_scheme, bearer_scheme, secret_of
 from kaleidoscope.serving.live import windows_of
 from kaleidoscope.vocabulary import Role
@@ -33,7 +35,7 @@ BUSY: dict[int | str, dict[str, Any]] = {
 router = APIRouter(prefix="/v1", responses={**ERRORS, **BUSY})
 health = APIRouter(tags=["health"])
 
-Attributes = Annotated[dict[str, str | int | float | bool | None], Field(max_length=200)]
+Attributes = dict[str, str | int | float | bool | None]
 
 
 class Client(BaseModel):
@@ -48,13 +50,15 @@ class Client(BaseModel):
     ip: str | None
 
 
-def _identify(
+async def _identify(
     request: Request,
     bearer: Annotated[Any, Depends(bearer_scheme)],  # for the OpenAPI document
     api_key: Annotated[Any, Depends(api_key_scheme)],
 ) -> Client:
     decider: Decider = request.app.state.decider
-    caller, business = decider.caller(secret_of(request))
+    secret = secret_of(request)
+    known = decider.live.knows(secret)
+    caller, business = decider.caller(secret) if known else await run_in_threadpool(decider.caller, secret)
     decider.pace.take(caller.token or "")
     address = None if request.client is None else request.client.host
     return Client(
@@ -255,23 +259,35 @@ class EventsView(BaseModel):
 
 
 @router.post("/events", tags=["events"])
-def take_events(client: Identified, body: EventsRequest) -> EventsView:
+async def take_events(client: Identified, body: EventsRequest) -> EventsView:
     """Keep events. What is answered `accepted` is on disk; a batch that fails as a whole can be sent again."""
     decider = client.decider
-    results = ingest(
+    if decider.writing >= WRITERS + QUEUED:
+        raise UnavailableError("The log takes events more slowly than they come. Send the batch again later.")
+    decider.writing += 1
+    try:
+        # By threads of their own: while the log is locked, decisions and health go on.
+        results = await asyncio.get_running_loop().run_in_executor(decider.writers, _ingested, client, body.events)
+    finally:
+        decider.writing -= 1
+    for result in results:
+        decider.metrics.events.labels(result.status.value, "" if result.code is None else result.code.value).inc()
+    return EventsView(
+        results=[EventResult(event_id=r.event_id, status=r.status, code=r.code, message=r.message) for r in results]
+    )
+
+
+def _ingested(client: Client, items: list[Any]) -> list[ItemResult]:
+    decider = client.decider
+    return ingest(
         decider.log,
         client.business,
-        body.events,
+        items,
         decider.keyring,
         now=datetime.now(UTC),
         rules=Rules(windows=windows_of(decider.live.scenes(client.business)), max_items=MAX_EVENTS),
         user_agent=client.user_agent,
         ip=client.ip,
-    )
-    for result in results:
-        decider.metrics.events.labels(result.status.value, "" if result.code is None else result.code.value).inc()
-    return EventsView(
-        results=[EventResult(event_id=r.event_id, status=r.status, code=r.code, message=r.message) for r in results]
     )
 
 
@@ -326,13 +342,13 @@ def _health(request: Request) -> HealthView:
 
 
 @health.get("/healthz")
-def alive(request: Request) -> HealthView:
+async def alive(request: Request) -> HealthView:
     """That the process answers."""
     return _health(request)
 
 
 @health.get("/readyz", responses={503: {"model": ErrorBody, "description": "What is live is not known yet"}})
-def ready(request: Request) -> HealthView:
+async def ready(request: Request) -> HealthView:
     """Whether it can decide: it was told once what is live. A database that went away since does not matter."""
     found = _health(request)
     if found.live_age_s is None:
@@ -341,7 +357,7 @@ def ready(request: Request) -> HealthView:
 
 
 @health.get("/metrics", response_class=PlainTextResponse)
-def metrics(request: Request) -> Response:
+async def metrics(request: Request) -> Response:
     """What Prometheus collects, of this process."""
     decider: Decider = request.app.state.decider
     decider.settle()

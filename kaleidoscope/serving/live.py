@@ -23,7 +23,7 @@ from kaleidoscope.access import Caller, operator
 from kaleidoscope.buckets import in_canary
 from kaleidoscope.database import Database
 from kaleidoscope.decide import Scorer, Served, prepare
-from kaleidoscope.errors import JobError, KaleidoscopeError, UnauthenticatedError
+from kaleidoscope.errors import JobError, KaleidoscopeError, UnauthenticatedError, UnavailableError
 from kaleidoscope.events import Windows
 from kaleidoscope.ranker import Ranker
 from kaleidoscope.release import Live as Standing
@@ -189,6 +189,10 @@ class Live:
         """What a business's scenes show now."""
         return self._held.scenes.get(business, {})
 
+    def knows(self, secret: str) -> bool:
+        """Whether a token is known, so that nothing has to be looked up for it."""
+        return secret_hash(secret) in self._held.tokens
+
     def caller(self, secret: str) -> Caller:
         """Whose token this is; raises UnauthenticatedError. A token made a moment ago is looked for once."""
         digest = secret_hash(secret)
@@ -197,6 +201,8 @@ class Live:
             self._missed_at = self.clock()
             self._try_refresh()
             known = self._held.tokens.get(digest)
+        if known is None and not self.loaded:
+            raise UnavailableError("Whose token this is is not known yet: the database is away.")
         if known is None:
             raise UnauthenticatedError("This token is unknown or was revoked. Ask an admin for a new one.")
         if known.expires_at is not None and known.expires_at <= datetime.now(UTC):

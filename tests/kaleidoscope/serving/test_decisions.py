@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from kaleidoscope.images import store_image
 from kaleidoscope.ranker import Contribution
 from kaleidoscope.release import PolicySpec, ReleasePlan, Shares, get_release, verify
 from kaleidoscope.scenes import change_scene
+from kaleidoscope.serving import decisions
 from kaleidoscope.serving.decider import Asked, Decider, Metrics, Pace, Recorder, load_keys
 from kaleidoscope.serving.live import Watched, models_in
 from kaleidoscope.settings import Settings
@@ -113,12 +115,56 @@ def test_attributes_are_told_apart(released: FastAPI, sqlite: Database) -> None:
     request = decider.request(served, "acme", "welcome", asked)
     assert request.values == {"first_name": "Ann", "city": "Rome"}
     assert (request.features, request.context) == ({"city": "Rome", "age": 3}, {"hour": 9})
-    for attributes in ({"x": [1]}, {"x": {"y": 1}}, {"x": "y" * 501}, {str(n): n for n in range(201)}):
-        with pytest.raises(InputError):
-            Asked("u1", attributes)
-    for unit in ("", " ", "a\nb", "x" * 201):
-        with pytest.raises(InputError):
-            Asked(unit, {})
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"x": [1]}, {"x": {"y": 1}}, {"x": "y" * 501}, {"x": "a\0"}, {"x": "\ud800"}, {"x": 2**63}, {"x": float("inf")},
+        {"": 1}, {" ": 1}, {"\ud800": 1}, {"a\nb": 1}, {"n" * 101: 1}, {str(n): n for n in range(101)},
+    ],
+)  # fmt: skip
+def test_what_no_log_could_hold_is_refused_by_every_door(
+    released: FastAPI, client_of: Client, attributes: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError):
+        Asked("u1", attributes)
+    client = client_of("page", Role.CLIENT)
+    document = json.dumps({"unit": "u1", "scenes": ["welcome"], "attributes": attributes}, allow_nan=True)
+    for path, body in (
+        ("/v1/decisions", document),
+        ("/ofrep/v1/evaluate/flags/welcome", json.dumps({"context": {"targetingKey": "u1", **attributes}})),
+    ):
+        answer = client.post(
+            path, content=body.replace("Infinity", "1e999"), headers={"Content-Type": "application/json"}
+        )
+        assert answer.status_code == 400, (path, answer.text)
+
+
+@pytest.mark.parametrize("unit", ["", " ", "a\nb", "\0", "\ud800", "x" * 201])
+def test_a_unit_is_an_id_that_a_log_can_hold(unit: str) -> None:
+    with pytest.raises(InputError, match="the unit"):
+        Asked(unit, {})
+
+
+def test_units_may_be_of_any_script() -> None:
+    for unit in ("用户-17", "👨‍👩‍👧", "a b", "x" * 200):
+        assert Asked(unit, {}).unit == unit
+
+
+def test_attributes_of_a_scene_have_an_end(
+    released: FastAPI, client_of: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kaleidoscope.serving import decider
+
+    monkeypatch.setattr(decider, "MAX_NAMES", 5)
+    shown = released.state.decider
+    first = shown.decide("acme", "welcome", Asked("u1", {"a": 1, "b": 2, "c": 3}))
+    second = shown.decide("acme", "welcome", Asked("u1", {"c": 3, "d": 4, "e": 5, "f": 6, "g": 7}))
+    assert (set(first.record.features), set(second.record.features)) == (set("abc"), set("cde"))
+    assert second.record.detail == "2 attributes beyond the limit"
+    other = shown.names.kept("acme", "another", {"x"})
+    assert other == {"x"}
 
 
 # ── when something is missing ───────────────────────────────────────────────────────────────────────────────────────
@@ -183,6 +229,68 @@ def test_decisions_go_on_while_the_database_is_away_and_say_how_old_they_are(
     flag = client.post("/ofrep/v1/evaluate/flags/welcome", json={"context": {"targetingKey": "u1"}}).json()
     assert flag["metadata"]["staleSeconds"] >= 59
     assert client.get("/readyz").json()["status"] == "stale"
+
+
+def test_a_locked_log_keeps_neither_decisions_nor_health_waiting(
+    released: FastAPI, client_of: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, held = client_of("page", Role.CLIENT), threading.Event()
+    [decision] = ask(client).json()["decisions"]
+    event = {"event_id": "e", "type": "exposure", "token": decision["token"]}
+    monkeypatch.setattr(decisions, "ingest", lambda *_, **__: held.wait(30) and [])
+    statuses: list[int] = []
+
+    def send() -> None:
+        statuses.append(client.post("/v1/events", json={"events": [event]}).status_code)
+
+    senders = [threading.Thread(target=send) for _ in range(decisions.WRITERS + decisions.QUEUED + 3)]
+    for sender in senders:
+        sender.start()
+    while len(statuses) < 3:
+        threading.Event().wait(0.01)
+    assert client.get("/healthz").json()["status"] == "ok" and ask(client).json()["decisions"]
+    assert statuses == [503] * 3
+    held.set()
+    for sender in senders:
+        sender.join()
+    assert statuses.count(200) == decisions.WRITERS + decisions.QUEUED
+
+
+def test_a_log_that_answers_slowly_is_not_waited_for(
+    released: FastAPI, monkeypatch: pytest.MonkeyPatch, sqlite: Database
+) -> None:
+    from kaleidoscope.serving import decider
+
+    with sqlite.transaction(person("pat", Role.ADMIN)) as session:
+        change_scene(session, "welcome", spec(fatigue_hours=24), version=None)
+    release_next(sqlite, ReleasePlan(shares=Shares(random=1.0), stages=(1.0,)))
+    shown: Decider = released.state.decider
+    shown.live.refresh()
+    held, asked = threading.Event(), [0]
+
+    def slow(*_: object) -> dict[str, int]:
+        asked[0] += 1
+        held.wait(30)
+        return {}
+
+    monkeypatch.setattr(decider, "recent_exposures", slow)
+    for n in range(6):
+        assert shown.decide("acme", "welcome", Asked(f"u{n}", {})).record.variant
+    assert asked[0] <= decider.SLOW_IN_A_ROW
+    held.set()
+
+
+def test_a_server_waits_for_a_database_that_is_away_when_it_starts(tmp_path: Path) -> None:
+    from kaleidoscope.serving.app import create_app
+
+    away = "postgresql+psycopg://nobody@127.0.0.1:1/none"
+    app = create_app(settings_for(away, tmp_path))
+    with TestClient(app) as client:
+        assert client.get("/healthz").json()["status"] == "starting"
+        assert client.get("/readyz").status_code == 503
+        asked = {"context": {"targetingKey": "u"}}
+        answer = client.post("/ofrep/v1/evaluate/flags/x", json=asked, headers={"X-API-Key": "kld_x"})
+        assert answer.status_code == 503
 
 
 def test_a_server_that_never_knew_what_is_live_is_not_ready(app: FastAPI, client_of: Client) -> None:

@@ -138,6 +138,31 @@ def test_a_body_that_cannot_be_used_is_refused_and_nothing_is_stored(client_of: 
     assert client.get(MATERIALS).json()["items"] == []
 
 
+@pytest.mark.parametrize("kind", ["application/x+json", "application/vnd.api+json", "text/plain", "", "*/json"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"id": "x", "spec": {"name": "x", "slots": [], "product": {"yield": NaN}}}',
+        b'{"id": "x", "spec": {"name": "x", "slots": [], "product": {"yield": 1e999}}}',
+        b'{"id": "x", "content": {"kind": "copy", "title": "a\\u0000b"}}',
+        b'{"id": "x", "content": {"kind": "copy", "title": "\\ud800"}}',
+        b'{"id": "x", "content": {"kind": "copy", "title": "' + b"x" * 5_000_000 + b'"}}',
+    ],
+)
+@pytest.mark.parametrize("path", ["materials", "scenes"])
+def test_the_type_of_a_body_does_not_spare_it_the_checks(client_of: Client, kind: str, body: bytes, path: str) -> None:
+    url = f"/api/v1/businesses/acme/{path}"
+    response = client_of("ann").post(url, content=body, headers={"Content-Type": kind})
+    assert response.status_code == (413 if len(body) > http.MAX_JSON else 400), response.text
+    assert response.json()["error"]["message"].startswith("body: ")
+
+
+def test_a_body_of_another_json_type_is_taken(client_of: Client, sqlite: Database) -> None:
+    stocked(sqlite)
+    body, headers = json.dumps(COPY).encode(), {"Content-Type": "application/vnd.api+json"}
+    assert client_of("ann").post(MATERIALS, content=body, headers=headers).status_code == 201
+
+
 def test_a_body_that_is_too_large_is_refused(client_of: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "MAX_BODY", 1000)
     client = client_of("ann")
@@ -202,7 +227,9 @@ def test_a_failed_create_does_not_use_its_key_up(client_of: Client, sqlite: Data
     assert client.post(MATERIALS, json={**bad, "content": COPY["content"]}, headers=key).status_code == 201
 
 
-def test_a_database_that_is_away_is_a_503_to_try_again(app: FastAPI, client_of: Client, tmp_path: Path) -> None:
+def test_a_database_that_is_away_is_a_503_to_try_again(
+    app: FastAPI, client_of: Client, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     client = client_of("ann")
     app.state.database.close()
     (tmp_path / "kaleidoscope.db").rename(tmp_path / "elsewhere.db")
@@ -211,6 +238,8 @@ def test_a_database_that_is_away_is_a_503_to_try_again(app: FastAPI, client_of: 
     assert response.status_code == 503
     assert response.headers["Retry-After"]
     assert response.json()["error"]["code"] == "unavailable"
+    assert "kaleidoscope.db" not in response.text  # where it is is in the log
+    assert "kaleidoscope.db" in caplog.text
 
 
 def test_an_unexpected_error_tells_nothing_of_the_inside(client_of: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import threading
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,9 +18,12 @@ from fastapi.testclient import TestClient
 
 from kaleidoscope.combiner import variant_id
 from kaleidoscope.database import Database
+from kaleidoscope.errors import UnavailableError
 from kaleidoscope.interventions import InterventionSpec, add_intervention
 from kaleidoscope.release import ReleasePlan, draft_release, start
 from kaleidoscope.review import make_variants, move_variants
+from kaleidoscope.serving import operate
+from kaleidoscope.serving.operate import Desk
 from kaleidoscope.vocabulary import Role
 from tests.kaleidoscope.people import person
 from tests.kaleidoscope.serving.conftest import Client
@@ -349,8 +354,20 @@ def test_a_bulk_import_reports_every_row_and_stores_all_or_nothing(
     partial = ann.post(f"{BASE}/materials/import", files=files, data={"partial": "true"}).json()
     assert [row["outcome"] for row in partial["rows"]] == ["created", "failed", "created"]
     assert ann.get(f"{BASE}/materials/n3").status_code == 200
-    outside = [("table", ("t.csv", table, "text/csv")), ("pictures", ("../x.png", picture(), "image/png"))]
-    assert ann.post(f"{BASE}/materials/import", files=outside).status_code == 400
+    wrong = [("table", ("t.csv", b"id,kind,title\nBAD ID,copy,x\n", "text/csv"))]
+    nothing = ann.post(f"{BASE}/materials/import", files=wrong, data={"partial": "true"}).json()
+    assert (nothing["applied"], [row["outcome"] for row in nothing["rows"]]) == (False, ["failed"])
+
+
+@pytest.mark.parametrize("name", ["../x.png", "a\0b.png", "a\nb.png", ".."])
+def test_a_picture_whose_name_cannot_be_a_files_is_refused(client_of: Client, sqlite: Database, name: str) -> None:
+    stocked(sqlite)
+    part = 'Content-Disposition: form-data; name="{}"; filename="{}"\r\n\r\n'
+    form = f"--X\r\n{part.format('table', 't.csv')}id,kind,title\nn1,copy,Hi\n\r\n"
+    form += f"--X\r\n{part.format('pictures', name)}x\r\n--X--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=X"}
+    answer = client_of("ann").post(f"{BASE}/materials/import", content=form.encode(), headers=headers)
+    assert answer.status_code == 400, answer.text
 
 
 @pytest.mark.parametrize("data", [b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"", b"GIF89a", b"\x89PNG\r\n\x1a\n"])
@@ -371,3 +388,89 @@ def test_every_operation_is_documented(app: FastAPI) -> None:
         for method in methods
     }
     assert documented == there
+
+
+def test_remarks_are_counted_and_the_first_are_shown(
+    client_of: Client, sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stocked(sqlite)
+    change = {"version": 1, "content": {"kind": "copy", "title": "Extraordinarilylongwords" * 4}}
+    ann = client_of("ann")
+    assert ann.patch(f"{BASE}/materials/c1", json=change).status_code == 200
+    found = ann.get(f"{SCENE}/combinations").json()
+    assert found["remarks_total"] == len(found["remarks"]) == 2
+    monkeypatch.setattr(operate, "MAX_REMARKS", 1)
+    assert ann.get(f"{SCENE}/combinations").json() == {**found, "remarks": found["remarks"][:1]}
+
+
+# ── who waits for whom ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_business_works_on_one_question_at_once_and_others_go_on() -> None:
+    desk = Desk(seats=2, waiting=4, wait_s=0.01)
+    with desk.take("acme"):
+        with pytest.raises(UnavailableError, match="another question of yours"), desk.take("acme"):
+            pass
+        with desk.take("rival"):
+            with pytest.raises(UnavailableError, match="questions of others"), desk.take("third"):
+                pass
+        with desk.take("third"):
+            pass
+    with desk.take("acme"):
+        pass
+
+
+def test_who_waits_gets_the_seat_that_becomes_free_and_who_comes_after_is_refused_at_once() -> None:
+    desk, waited, asked = Desk(seats=1, waiting=1, wait_s=60), threading.Event(), threading.Event()
+
+    def wait() -> None:
+        asked.set()
+        with desk.take("rival"):
+            waited.set()
+
+    thread = threading.Thread(target=wait)
+    with desk.take("acme"):
+        thread.start()
+        asked.wait()
+        while not desk._queue:
+            pass
+        for business in ("acme", "rival", "third"):  # at once: it would be a minute otherwise
+            with pytest.raises(UnavailableError), desk.take(business):
+                pass
+        assert not waited.is_set()
+    assert waited.wait(60)
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "combinations", None),
+        ("GET", "plan", None),
+        ("GET", "experiment", None),
+        ("POST", "variants", None),
+        ("POST", "releases", {"plan": PLAN}),
+    ],
+)
+def test_questions_that_take_long_are_refused_while_another_is_worked_on(
+    busy: Database, client_of: Client, monkeypatch: pytest.MonkeyPatch, method: str, path: str, body: Any
+) -> None:
+    desk = Desk(wait_s=0.01)
+    monkeypatch.setattr(operate, "_desk", desk)
+    ann, key = client_of("ann"), {"Idempotency-Key": "once"} if body else {}
+    first = ann.request(method, f"{SCENE}/{path}", json=body, headers=key)
+    assert first.status_code < 300, first.text
+    with ExitStack() as held:
+        held.enter_context(desk.take("acme"))
+        answer = ann.request(method, f"{SCENE}/{path}", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+        assert int(answer.headers["Retry-After"]) >= 1
+        if body:  # what is only answered again needs no work
+            again = ann.request(method, f"{SCENE}/{path}", json=body, headers=key)
+            assert (again.status_code, again.json()) == (201, first.json())
+    assert ann.request(method, f"{SCENE}/{path}", json=body).status_code < 300
+
+
+def test_the_trail_of_a_table_that_leaves_none_is_a_bad_request(client_of: Client) -> None:
+    answer = client_of("ann").get(f"{BASE}/audit?entity=nope")
+    assert answer.status_code == 400 and "materials" in answer.json()["error"]["message"]

@@ -35,6 +35,33 @@ serve(app, "127.0.0.1", int(sys.argv[1]), patience_s=int(sys.argv[2]))
 """
 
 
+# The same under two processes; `serve` is then given the name of what makes the application.
+OF_TWO = """
+import sys
+from kaleidoscope.serving.server import serve
+
+serve("slow:make", "127.0.0.1", int(sys.argv[1]), patience_s=int(sys.argv[2]), workers=2)
+"""
+SLOW = """
+import time
+from pathlib import Path
+from fastapi import FastAPI
+from kaleidoscope.serving import server
+
+def make():
+    app = FastAPI()
+
+    @app.get("/slow")
+    def slow() -> str:
+        Path("asked").touch()
+        while not Path("go").exists():
+            time.sleep(0.02)
+        return "done"
+
+    return server.in_worker(app)
+"""
+
+
 def wait_for(what: str, there: object) -> None:
     """Until it is there; a test that waits for ever is ended by the suite's own limit."""
     import time
@@ -128,3 +155,43 @@ from kaleidoscope.serving.app import create_app
     root = str(Path(__file__).parents[3])
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("program", [PROGRAM, OF_TWO])
+def test_the_process_ends_though_a_request_is_still_worked_on(program: str, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "program.py").write_text(
+        f"if __name__ == '__main__':\n    {'    '.join(program.splitlines(keepends=True))}"
+    )
+    path = os.pathsep.join([str(Path(__file__).parents[3]), str(tmp_path)])
+    command = [sys.executable, "program.py", str(port), "1"]
+    with (
+        (tmp_path / "err").open("w") as errors,
+        subprocess.Popen(command, cwd=tmp_path, stderr=errors, env={**os.environ, "PYTHONPATH": path}) as server,
+    ):
+        codes: list[int] = []
+
+        def ask() -> None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/slow").close()
+            except urllib.error.HTTPError as error:
+                codes.append(error.code)
+                error.close()
+
+        try:
+            wait_for("the server", lambda: "startup complete" in (tmp_path / "err").read_text())
+            asking = threading.Thread(target=ask)
+            asking.start()
+            wait_for("the request", (tmp_path / "asked").exists)
+            server.send_signal(signal.SIGTERM)
+            code = server.wait()  # `go` never comes
+            asking.join()
+        finally:
+            (tmp_path / "go").touch()
+            server.kill()
+    said = (tmp_path / "err").read_text()
+    assert (code, codes) == (0, [503]), said
+    assert said.endswith("Stopped.\n") and "Traceback" not in said
