@@ -1,4 +1,4 @@
-"""Makes docs/images/report.png: what `kaleidoscope demo` writes, as headless Chromium shows it. `make screenshot`."""
+"""Makes docs/images/report.png: what `kaleidoscope simulate` writes, as headless Chromium shows it. `make screenshot`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-backgro
 
 
 def main() -> None:
-    """Run the demo in a temporary folder and take the picture."""
+    """Simulate in a temporary folder and take the picture."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         sys.exit("docs/screenshot.py needs Chromium: apt-get install chromium")
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "kaleidoscope", "demo", "--out", folder, "--json"]
+        command = [sys.executable, "-m", "kaleidoscope", "simulate", "--out", folder, "--json"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         options = [*QUIET, "--headless", "--no-sandbox", "--hide-scrollbars", f"--user-data-dir={folder}/profile"]
         options += ["--window-size=1000,1150", f"--screenshot={IMAGE}", f"file://{folder}/report.html"]

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
+MIN_DEMO_VISITS = 20_000  # with fewer hardly anything can be learned of 576 variants
+
 ABOUT = "Personalised UI: combine tellings of a product, learn who prefers which, serve and prove it."
 
 app = typer.Typer(
@@ -142,15 +144,10 @@ def train(
 
 
 @app.command()
-def demo(
-    out: Annotated[
-        Path, typer.Option("--out", file_okay=False, help="Folder for the log, its schema and the report.")
-    ] = Path("kaleidoscope-demo"),
+def simulate(
+    out: Annotated[Path, typer.Option("--out", file_okay=False, help="Folder for the log, its schema and the report.")],
     rows: Annotated[int, typer.Option("--rows", min=1_000, help="Exposures to simulate.")] = 200_000,
     seed: SeedOption = None,
-    no_serve: Annotated[
-        bool, typer.Option("--no-serve", help="End when the report is written. So far the demo always does.")
-    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Simulate a log with planted preferences, learn from it, and write the report."""
@@ -159,10 +156,55 @@ def demo(
     settings = load_settings()
     _limit_threads(settings.threads)
     with _job_output(as_json) as progress:
-        from kaleidoscope.commands.demo import run_demo
+        from kaleidoscope.commands.simulate import run_simulate
 
-        summary = run_demo(out, rows=rows, seed=settings.seed if seed is None else seed, progress=progress)
+        summary = run_simulate(out, rows=rows, seed=settings.seed if seed is None else seed, progress=progress)
     _print_summary(summary, out, as_json=as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", file_okay=False, help="Folder for everything; an earlier demo there is deleted.")
+    ] = Path("kaleidoscope-demo"),
+    visits: Annotated[int, typer.Option("--visits", min=MIN_DEMO_VISITS, help="Visits to simulate.")] = 340_000,
+    seed: SeedOption = None,
+    port: Annotated[int, typer.Option("--port", min=1, max=65_535, help="Port to answer at in the end.")] = 8000,
+    no_serve: Annotated[
+        bool, typer.Option("--no-serve", help="End without a server, as it does where the output is no terminal.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the whole loop on simulated users: explore, train, release, personalise, prove; then serve it."""
+    from kaleidoscope.settings import load_settings
+
+    settings = load_settings()
+    _limit_threads(settings.threads)
+    serving = not no_serve and not as_json and sys.stdout.isatty() and not os.environ.get("CI")
+    if serving:
+        from kaleidoscope.commands.demo_server import check_port
+
+        check_port(port)
+    with _job_output(as_json) as progress:
+        from kaleidoscope.commands.demo import Plan, run_loop
+
+        seed = settings.seed if seed is None else seed
+        summary = run_loop(out, settings=settings, seed=seed, plan=Plan(visits=visits), progress=progress)
+    if as_json:
+        _print_json(summary)
+        return
+    from kaleidoscope.commands.demo_report import report_lines
+
+    print_lines(*report_lines(summary, out))
+    if serving:
+        from kaleidoscope.commands.demo import demo_settings
+        from kaleidoscope.commands.demo_report import whereabouts
+        from kaleidoscope.serving.app import create_app
+        from kaleidoscope.serving.server import serve as answer
+
+        application = create_app(demo_settings(out, settings))
+        print_lines(*whereabouts(out, f"http://127.0.0.1:{port}", summary["scene"]))
+        answer(application, "127.0.0.1", port)
 
 
 @app.command()

@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from attribution.insights import Attribution, attribute
 from kaleidoscope.commands.report import Evidence, render_report
 from kaleidoscope.encoding import Encoder
 from kaleidoscope.errors import JobError, LogError
@@ -152,6 +153,8 @@ def learn(log: Log, schema: LogSchema, *, seed: int, clock: Clock, simulated: bo
                 p = _permutation_p(
                     log, examples, encoder, fold, support, fitted, values, seed=seed, advance=clock.advance
                 )
+    with clock("attribute"):
+        preferences = _attributed(log, dependent=independence.dependent) if has_claim else None
     estimates = {} if values is None else values.estimates
     gains = {} if values is None else values.gains
     over, gain = gains.get(Policy.PERSONALISED, (None, None))
@@ -179,8 +182,8 @@ def learn(log: Log, schema: LogSchema, *, seed: int, clock: Clock, simulated: bo
             "permutation_p": p,
         },
         "verdict": str(verdict(estimates, {policy: found for policy, (_, found) in gains.items()}, p, has_claim)),
-        "insights": None,
-        "main_effects": None,
+        "insights": None if preferences is None else [found.to_json() for found in preferences.insights],
+        "main_effects": None if preferences is None else [found.to_json() for found in preferences.main_effects],
         "timings_s": clock.seconds,
         "versions": {name: version(name) for name in ("kaleidoscope", "torch", "numpy", "lightgbm")}
         | {"python": platform.python_version()},
@@ -204,6 +207,14 @@ class _CrossFit:
     q_uniform: Floats
     blind: list[Tables] = field(default_factory=list)  # per fold
     networks: list[CtrModel] = field(default_factory=list)
+
+
+def _attributed(log: Log, *, dependent: bool) -> Attribution | None:
+    """Who prefers what; None where the log's propensities have no floor, so that nothing can be said."""
+    try:
+        return attribute(log, dependent=dependent)
+    except LogError:
+        return None
 
 
 def _n_folds(rows: int) -> int:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -19,6 +19,7 @@ from kaleidoscope import cli
 from kaleidoscope.advice import verdict_sentence
 from kaleidoscope.errors import InputError, JobError, LogError
 from kaleidoscope.progress import Progress
+from kaleidoscope.settings import Settings
 from kaleidoscope.vocabulary import Policy, Verdict
 
 HEAVY = ["duckdb", "feast", "interpret", "lightgbm", "matplotlib", "mlflow", "numpy", "pandas", "pyarrow", "scipy"]
@@ -66,8 +67,14 @@ class Job:
         }
         return self._work(progress)
 
-    def demo(self, out_dir: Path, *, rows: int, seed: int, progress: Progress) -> dict[str, object]:
+    def simulate(self, out_dir: Path, *, rows: int, seed: int, progress: Progress) -> dict[str, object]:
         self.asked = {"out": out_dir, "rows": rows, "seed": seed}
+        return self._work(progress)
+
+    def loop(
+        self, out_dir: Path, *, settings: Settings, seed: int, plan: SimpleNamespace, progress: Progress
+    ) -> dict[str, object]:
+        self.asked = {"out": out_dir, "visits": plan.visits, "seed": seed}
         return self._work(progress)
 
     def _work(self, progress: Progress) -> dict[str, object]:
@@ -84,9 +91,16 @@ def job(monkeypatch: pytest.MonkeyPatch) -> Job:
     for name in ("DEBUG", "SEED", "THREADS"):
         monkeypatch.delenv(f"KALEIDOSCOPE_{name}", raising=False)
     fake = Job()
-    for name in ("learn", "demo"):
+    for name in ("learn", "simulate"):
         module = ModuleType(f"kaleidoscope.commands.{name}")
         setattr(module, f"run_{name}", getattr(fake, name))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    demo, report = ModuleType("kaleidoscope.commands.demo"), ModuleType("kaleidoscope.commands.demo_report")
+    demo.run_loop, demo.Plan = fake.loop, SimpleNamespace  # type: ignore[attr-defined]
+    demo.demo_settings = lambda out, settings: out  # type: ignore[attr-defined]
+    report.report_lines = lambda summary, out: [f"a line about {out}"]  # type: ignore[attr-defined]
+    report.whereabouts = lambda out, url, scene: [f"{scene} at {url}"]  # type: ignore[attr-defined]
+    for module in (demo, report):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return fake
 
@@ -145,9 +159,45 @@ def test_the_numerical_libraries_are_told_how_many_threads_to_use(
     assert job.asked["threads"] == "3"
 
 
-def test_demo_passes_on_what_it_was_given(run: Run, job: Job, tmp_path: Path) -> None:
-    assert run("demo", "--no-serve", "--rows", "5000", "--out", str(tmp_path), "--json").code == 0
+def test_simulate_passes_on_what_it_was_given(run: Run, job: Job, tmp_path: Path) -> None:
+    assert run("simulate", "--rows", "5000", "--out", str(tmp_path), "--json").code == 0
     assert job.asked == {"out": tmp_path, "rows": 5000, "seed": 0}
+
+
+def test_demo_passes_on_what_it_was_given_and_prints_one_object(run: Run, job: Job, tmp_path: Path) -> None:
+    ran = run("demo", "--no-serve", "--visits", "50000", "--seed", "3", "--out", str(tmp_path), "--json")
+    assert ran.code == 0
+    assert job.asked == {"out": tmp_path, "visits": 50_000, "seed": 3}
+    assert json.loads(ran.out) == SUMMARY
+
+
+def test_demo_ends_without_a_server_where_nobody_sits_at_a_terminal(run: Run, job: Job, tmp_path: Path) -> None:
+    ran = run("demo", "--out", str(tmp_path))
+    assert ran.code == 0
+    assert ran.out.endswith(f"\na line about {tmp_path}\n")
+    assert job.asked["visits"] == 340_000
+
+
+@pytest.mark.parametrize("ci", ["", "true"])
+def test_demo_goes_on_serving_at_a_terminal_but_not_in_ci(
+    run: Run, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ci: str
+) -> None:
+    served: list[tuple[object, ...]] = []
+    ports, app, server = (
+        ModuleType(f"kaleidoscope.{n}") for n in ("commands.demo_server", "serving.app", "serving.server")
+    )
+    ports.check_port = lambda port: served.append(("free", port))  # type: ignore[attr-defined]
+    app.create_app = lambda settings: settings  # type: ignore[attr-defined]
+    server.serve = lambda *where: served.append(where)  # type: ignore[attr-defined]
+    for module in (ports, app, server):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    job.result = {"scene": "fund-card"}
+    ran = run("demo", "--out", str(tmp_path), "--port", "8123")
+    assert ran.code == 0
+    assert served == ([] if ci else [("free", 8123), (tmp_path, "127.0.0.1", 8123)])
+    assert ("fund-card at http://127.0.0.1:8123" in ran.out) == (not ci)
 
 
 def test_the_seed_comes_from_the_settings_unless_given(
@@ -198,7 +248,7 @@ def test_a_simulated_log_shows_the_truth_beside_the_estimate_and_says_simulated(
 ) -> None:
     truth = {"uniform": 0.0301, "best_single": 0.0402, "personalised": 0.0503, "oracle": 0.0604}
     job.result = {**SUMMARY, "simulated_truth": truth}
-    out = " ".join(run("demo", "--out", str(tmp_path)).out.split())
+    out = " ".join(run("simulate", "--out", str(tmp_path)).out.split())
     assert "What each policy would have earned (simulated data)" in out and "true value" in out
     assert "Simulated data: nothing here is about real users." in out
     assert all(f"{value:.4f}" in out for value in truth.values())
@@ -283,7 +333,8 @@ def test_debug_shows_the_traceback_on_stderr(
         ["learn"],
         ["learn", "nowhere.csv", "--schema", "nowhere.yaml", "--out", "out"],
         ["learn", "--typo"],
-        ["demo", "--rows", "many"],
+        ["simulate", "--out", "out", "--rows", "many"],
+        ["demo", "--visits", "10"],
         ["demo", "--seed", "-1"],
         ["teach"],
     ],

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from scipy.special import expit
 
-from kaleidoscope.commands.demo import personalised_truth, run_demo
 from kaleidoscope.commands.learn import learn_file, run_learn
+from kaleidoscope.commands.simulate import personalised_truth, run_simulate
 from kaleidoscope.encoding import Encoder
 from kaleidoscope.errors import LogError
 from kaleidoscope.log import read_log
@@ -275,7 +275,7 @@ def test_a_failed_write_keeps_the_report_that_was_there(tmp_path: Path, monkeypa
 
 
 def test_the_demo_says_simulated_and_knows_the_truth(tmp_path: Path) -> None:
-    summary = run_demo(tmp_path, rows=3_000, seed=0, progress=Silent())
+    summary = run_simulate(tmp_path, rows=3_000, seed=0, progress=Silent())
     truth = summary["simulated_truth"]
     assert isinstance(truth, dict)
     assert truth["uniform"] < truth["best_single"] < truth["oracle"]
