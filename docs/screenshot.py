@@ -1,4 +1,4 @@
-"""Makes docs/images/report.png: what `kaleidoscope simulate` writes, as headless Chromium shows it. `make screenshot`."""
+"""Makes docs/images/report.png: what `kaleidoscope simulate` writes, in headless Chromium. `make screenshot`."""
 
 from __future__ import annotations
 

@@ -14,10 +14,17 @@ from kaleidoscope.vocabulary import Role
 RULE = "rule: approved materials, no remarks"  # the reviewer of what is approved automatically; nobody has this name
 MAX_USER = 200  # characters
 
-# Seen as nothing, or as a space, though Unicode calls them letters, marks or symbols (Default_Ignorable_Code_Point).
-_INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
+# Seen as nothing, or as a space, though Unicode calls them letters, marks or symbols: what is left of
+# Default_Ignorable_Code_Point beside the categories of `_unseen`, and characters that are blank by their meaning.
+_INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0")
 _SELECTORS = (range(0xFE00, 0xFE10), range(0xE0100, 0xE01F0))
-_ALIKE = frozenset({"LATIN", "CYRILLIC", "GREEK"})  # scripts that share the looks of many letters
+_BLANK = frozenset("\u2800\ufffc\U00013441\U00013442\U00016fe4\U0001d159")
+_HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+# How the names of letters begin, where one script, or scripts that are written together, have several beginnings.
+_FAMILIES = dict.fromkeys(
+    ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "HANGUL", "BOPOMOFO"), "East Asian"
+)
+_OF_ANY_SCRIPT = frozenset({"COMBINING", "MODIFIER"})  # accents, and such as the apostrophe in Oʻahu
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,8 @@ def operator(user: str, business: str | None) -> Caller:
 def check_user(text: str) -> str:
     """A person's name as it is kept: NFKC, single spaces, so that what looks alike is one person.
 
-    Raises InputError for one that is empty or too long, holds what cannot be seen, mixes look-alike letters, or is that
-    of the rule that approves automatically.
+    Raises InputError for one that is empty or too long, holds what cannot be seen, mixes scripts within a word, or is
+    that of the rule that approves automatically.
     """
     check_readable("user", text.strip())
     name = " ".join(unicodedata.normalize("NFKC", text).split())
@@ -75,11 +82,16 @@ def check_user(text: str) -> str:
     return name
 
 
+def person_key(name: str) -> str:
+    """What two names have in common that are one person's where it matters who did something: Zoe is zoe."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
 def check_readable(field: str, text: str) -> str:
     """The text, if people see all of it and what they see is what it is; raises InputError naming the field.
 
     Refused are control characters, those that cannot be seen or that turn the direction of text, and words that mix
-    Latin, Cyrillic and Greek letters, of which many look alike.
+    scripts, of which many have letters that look alike. Han, kana, bopomofo and hangul are written together.
     """
     for character in text:
         if _unseen(character):
@@ -88,19 +100,26 @@ def check_readable(field: str, text: str) -> str:
                 " name anew."
             )
     for word in text.split():
-        scripts = sorted({unicodedata.name(c, "").partition(" ")[0] for c in word if c.isalpha()} & _ALIKE)
+        scripts = sorted(_scripts(word))
         if len(scripts) > 1:
-            mixed = " and ".join(script.title() for script in scripts)
             raise InputError(
-                f"{field}: {word!r} mixes {mixed} letters, many of which look alike. Write the word in one alphabet."
+                f"{field}: {word!r} mixes {' and '.join(scripts)} letters, of which some look alike. Write the word in"
+                " one script, or put a space between two."
             )
     return text
 
 
+def _scripts(word: str) -> set[str]:
+    """The scripts of the letters and the marks in a word, by the names that Unicode gives them."""
+    characters = (c for c in unicodedata.normalize("NFKC", word) if unicodedata.category(c)[0] in "LM")
+    begins = {unicodedata.name(c, "").partition(" ")[0] for c in characters} - _OF_ANY_SCRIPT
+    return {_FAMILIES.get(name, name.capitalize()) for name in begins}
+
+
 def _unseen(character: str) -> bool:
-    if character in _INVISIBLE or any(ord(character) in selectors for selectors in _SELECTORS):
+    if character in _INVISIBLE or character in _BLANK or any(ord(character) in range_ for range_ in _SELECTORS):
         return True
-    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+    return unicodedata.category(character) in _HIDDEN_CATEGORIES
 
 
 def _letters(name: str) -> str:

@@ -1,29 +1,32 @@
 """Businesses: the tenants, what their copy may hold in braces, and the trail of what was changed in one.
 
 A change of what fills a placeholder changes what variants show; their approval is taken back here, on the floor that
-businesses, scenes, materials and review stand on.
+businesses, scenes, materials and review stand on. The trail remembers what rows forget: everybody who changed what a
+variant shows, not only the last, and what was rejected before it was submitted again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import select
 
-from kaleidoscope.access import check_readable
+from kaleidoscope.access import RULE, check_readable, person_key
 from kaleidoscope.content import DEFAULT_PLACEHOLDERS, Copy, Placeholder, parse_content, placeholders_in
-from kaleidoscope.database import PAGE, Page, Session, check_id, check_version, paginate
+from kaleidoscope.database import PAGE, Page, Session, change_rows, check_id, check_version, paginate
 from kaleidoscope.errors import ConflictError, InputError, NotFoundError
-from kaleidoscope.tables import ApiToken, AuditEntry, Business, Material, Variant, VariantMaterial
+from kaleidoscope.tables import ApiToken, AuditEntry, Base, Business, Material, Variant, VariantMaterial
 from kaleidoscope.taxonomy import found_taxonomy
 from kaleidoscope.vocabulary import MaterialKind, ReviewState, Role
 
 MAX_NAME = 200
 NAMED = 5  # of many that a message could name
+UNITS = "units"  # the entity of an erasure, which is of no one table
 
 
 def create_business(session: Session, name: str, *, two_person_publish: bool = False) -> Business:
@@ -113,8 +116,11 @@ def audit_trail(
 ) -> Page[AuditEntry]:
     """Every change of a row of the business, newest first; of one table, or of one row of it.
 
-    Those of API tokens are for admins alone.
+    Those of API tokens are for admins alone. Raises InputError for a table that leaves no trail.
     """
+    there = sorted({m.class_.__tablename__ for m in Base.registry.mappers if m.class_.audited} | {UNITS})
+    if entity is not None and entity not in there:
+        raise InputError(f"entity: {entity!r} leaves no trail. There are: {', '.join(there)}.")
     if entity == ApiToken.__tablename__:
         session.caller.require(Role.ADMIN)
     query = select(AuditEntry).where(AuditEntry.business_id == session.business)
@@ -131,7 +137,7 @@ def audit_erasure(session: Session, unit: str) -> None:
     digest = hashlib.sha256(f"{session.business}/{unit}".encode()).hexdigest()
     session.add(
         AuditEntry(
-            business_id=session.business, actor=session.caller.user, action="erased", entity="units", key=digest[:16]
+            business_id=session.business, actor=session.caller.user, action="erased", entity=UNITS, key=digest[:16]
         )
     )
     session.flush()
@@ -178,20 +184,26 @@ def reopen_variants(session: Session, material_ids: Sequence[str], reason: str, 
     """
     reopened = 0
     for start in range(0, len(material_ids), 500):
-        holding = sa.exists().where(
-            VariantMaterial.business_id == Variant.business_id,
-            VariantMaterial.scene_id == Variant.scene_id,
-            VariantMaterial.variant_id == Variant.id,
-            VariantMaterial.material_id.in_(material_ids[start : start + 500]),
+        # Not EXISTS, for which SQLite looks through all variants of a material once per variant.
+        holding = sa.tuple_(Variant.scene_id, Variant.id).in_(
+            select(VariantMaterial.scene_id, VariantMaterial.variant_id).where(
+                VariantMaterial.business_id == session.business,
+                VariantMaterial.material_id.in_(material_ids[start : start + 500]),
+            )
         )
         query = select(Variant).where(Variant.state.in_((ReviewState.APPROVED, ReviewState.IN_REVIEW)), holding)
         query = query if scene_id is None else query.where(Variant.scene_id == scene_id)
-        for variant in session.scalars(query.order_by(Variant.scene_id, Variant.id).with_for_update()).all():
-            variant.state, variant.reason = ReviewState.DRAFT, reason
-            variant.reviewer = variant.reviewed_at = variant.fingerprint = None
-            variant.author = session.caller.user  # who changed what it shows; somebody else has to look at it
-            reopened += 1
-        session.flush()
+        variants = session.scalars(query.order_by(Variant.scene_id, Variant.id).with_for_update()).all()
+        draft = {
+            "state": ReviewState.DRAFT.value,
+            "reason": reason,
+            "reviewer": None,
+            "reviewed_at": None,
+            "fingerprint": None,
+            "author": session.caller.user,  # who changed what it shows; somebody else has to look at it
+        }
+        change_rows(session, [(variant, draft) for variant in variants])
+        reopened += len(variants)
     return reopened
 
 
@@ -208,3 +220,182 @@ def _refuse_removing(session: Session, names: Collection[str]) -> None:
             f"placeholders: {'; '.join(problems[:NAMED])}{more}. Keep the placeholder, or change or retire its copies"
             " first."
         )
+
+
+# ── what the trail tells of reviews ─────────────────────────────────────────────────────────────────────────────────
+
+
+def wrote_material(session: Session, material_id: str, user: str) -> bool:
+    """Whether the user wrote any of the material's content or tags since it was last approved, whoever came after."""
+    mine = person_key(user)
+    query = select(AuditEntry).where(*_of(session, "materials"), AuditEntry.key == material_id)
+    for entry in session.scalars(query.order_by(AuditEntry.seq.desc())):
+        after = entry.after or {}
+        if entry.action != "created" and after.get("state") == ReviewState.APPROVED:
+            return False
+        wrote = entry.action == "created" or not after.keys().isdisjoint({"content", "tags"})
+        if wrote and person_key(entry.actor) == mine:
+            return True
+    return False
+
+
+def shaped_by(session: Session, scene_id: str, holding: Mapping[str, Collection[str]], user: str) -> set[str]:
+    """Which variants of the scene the user made, or changed in what they show, since a person last approved them.
+
+    `holding`: variant → the placeholders in its copies. A change is one of a material, of a product value or of a
+    placeholder, also one that somebody has changed again since.
+    """
+    mine = person_key(user)
+    values = _last(
+        (name, change.seq)
+        for change in _value_changes(session, scene_id)
+        if person_key(change.actor) == mine
+        for name in change.names
+    )
+    return _unapproved_since(session, scene_id, _latest(holding, values, _made_or_reopened(session, scene_id, mine)))
+
+
+def kept_from_rule(session: Session, scene_id: str, holding: Mapping[str, Collection[str]]) -> set[str]:
+    """Which variants of the scene only a person may approve, whatever the scene's rule says; `holding` as before.
+
+    Those that were rejected, and those that show a value which was changed after the rule was switched on, or by
+    whoever switched it on, and that no person has approved since.
+    """
+    switched_on, switcher = _rule_switched_on(session, scene_id)
+    values = _last(
+        (name, change.seq)
+        for change in _value_changes(session, scene_id)
+        if change.seq > switched_on or person_key(change.actor) == switcher
+        for name in change.names
+    )
+    rejected = select(AuditEntry.key, AuditEntry.seq).where(*_of_variants(session, scene_id))
+    rejected = rejected.where(_became(ReviewState.REJECTED))
+    by_variant = _last((_variant_in(key), seq) for key, seq in session.execute(rejected))
+    return _unapproved_since(session, scene_id, _latest(holding, values, by_variant))
+
+
+def withdrawn_since_draft(session: Session, scene_id: str, number: int) -> tuple[set[str], set[str]]:
+    """The ids of the business's materials, and of the scene's variants, that were rejected or retired after a release
+    of the scene was drafted, whatever became of them later."""
+    drafted = select(AuditEntry.seq).where(*_of(session, "releases"), AuditEntry.key == f"{scene_id}/{number}")
+    since = session.scalar(drafted.order_by(AuditEntry.seq).limit(1)) or 0
+    later = _became(ReviewState.REJECTED, ReviewState.RETIRED), AuditEntry.seq > since
+    materials = session.scalars(select(AuditEntry.key).where(*_of(session, "materials"), *later))
+    variants = session.scalars(select(AuditEntry.key).where(*_of_variants(session, scene_id), *later))
+    return set(materials), {_variant_in(key) for key in variants}
+
+
+def _became(*states: ReviewState) -> sa.ColumnElement[bool]:
+    became: sa.ColumnElement[bool] = AuditEntry.after["state"].as_string().in_([state.value for state in states])
+    return became
+
+
+def _of(session: Session, entity: str) -> tuple[sa.ColumnElement[bool], ...]:
+    return AuditEntry.business_id == session.business, AuditEntry.entity == entity
+
+
+def _of_variants(session: Session, scene_id: str) -> tuple[sa.ColumnElement[bool], ...]:
+    return *_of(session, "variants"), AuditEntry.key.startswith(f"{scene_id}/", autoescape=True)
+
+
+def _variant_in(key: str) -> str:
+    return key.partition("/")[2]
+
+
+def _last(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """The highest number of each name."""
+    found: dict[str, int] = {}
+    for name, seq in pairs:
+        found[name] = max(seq, found.get(name, 0))
+    return found
+
+
+def _latest(
+    holding: Mapping[str, Collection[str]], values: Mapping[str, int], by_variant: Mapping[str, int]
+) -> dict[str, int]:
+    """Per variant, the last entry about it or about a value that it shows; only of those that have one."""
+    last = {id: max([by_variant.get(id, 0), *(values.get(n, 0) for n in names)]) for id, names in holding.items()}
+    return {id: seq for id, seq in last.items() if seq}
+
+
+def _unapproved_since(session: Session, scene_id: str, last: Mapping[str, int]) -> set[str]:
+    """The variants that no person has approved since the audit entry given for each."""
+    if not last:
+        return set()
+    approvals = select(AuditEntry.key, AuditEntry.seq).where(
+        *_of_variants(session, scene_id),
+        AuditEntry.seq > min(last.values()),
+        _became(ReviewState.APPROVED),
+        AuditEntry.after["reviewer"].as_string() != RULE,
+    )
+    approved = _last((_variant_in(key), seq) for key, seq in session.execute(approvals))
+    return {id for id, seq in last.items() if approved.get(id, 0) < seq}
+
+
+def _made_or_reopened(session: Session, scene_id: str, mine: str) -> dict[str, int]:
+    """Per variant, when the person last made it, or took its approval back by changing what it shows."""
+    actors = session.scalars(select(AuditEntry.actor).where(*_of(session, "variants")).distinct())
+    names = [actor for actor in actors if person_key(actor) == mine]
+    before = AuditEntry.before["state"].as_string()
+    reopened = sa.and_(
+        _became(ReviewState.DRAFT), before.in_([ReviewState.APPROVED.value, ReviewState.IN_REVIEW.value])
+    )
+    made = sa.or_(AuditEntry.action == "created", AuditEntry.after["author"].as_string().is_not(None), reopened)
+    query = select(AuditEntry.key, AuditEntry.seq).where(*_of_variants(session, scene_id), made)
+    rows = session.execute(query.where(AuditEntry.actor.in_(names))) if names else ()
+    return _last((_variant_in(key), seq) for key, seq in rows)
+
+
+@dataclass(frozen=True)
+class _ValueChange:
+    """Somebody changed what fills these placeholders in a scene."""
+
+    seq: int  # of the audit entry
+    actor: str
+    names: frozenset[str]
+
+
+def _value_changes(session: Session, scene_id: str) -> list[_ValueChange]:
+    """Every change of the scene's product values and of the business's placeholders, oldest first.
+
+    A new definition may bring to light a value that was not shown before: it is a change by who set the value, too.
+    """
+    placeholders = placeholders_of(get_business(session))
+    changes: list[_ValueChange] = []
+    setter: dict[str, str] = {}  # of the value that fills the placeholder
+    for entry in _value_entries(session, scene_id):
+        before, after = entry.before, entry.after
+        if entry.entity == "scenes":
+            names = {p.name for p in placeholders if p.fills(before or {}) != p.fills(after or {})}
+            setter |= dict.fromkeys(names, entry.actor)
+        else:
+            old, new = ({p["name"]: Placeholder.model_validate(p).fills({}) for p in side} for side in (before, after))
+            names = {name for name in new if old.get(name) != new[name]}
+            changes += [_ValueChange(entry.seq, setter[n], frozenset({n})) for n in sorted(names & setter.keys())]
+        if names:
+            changes.append(_ValueChange(entry.seq, entry.actor, frozenset(names)))
+    return changes
+
+
+def _value_entries(session: Session, scene_id: str) -> list[sa.Row[Any]]:
+    """What the trail has of the scene's product values and of the business's placeholders, oldest first."""
+    columns = AuditEntry.seq, AuditEntry.actor, AuditEntry.entity
+    # Of a scene's document only this: it may name thousands of materials.
+    product = (getattr(AuditEntry, side)[("spec", "product")].label(side) for side in ("before", "after"))
+    of_scene = select(*columns, *product).where(*_of(session, "scenes"), AuditEntry.key == scene_id)
+    defined = (getattr(AuditEntry, side)["placeholders"].label(side) for side in ("before", "after"))
+    # Not those that a business begins with, which nobody in it wrote.
+    of_business = select(*columns, *defined).where(*_of(session, "businesses"), AuditEntry.action == "changed")
+    rows = [row for query in (of_scene, of_business) for row in session.execute(query) if row.after is not None]
+    return sorted(rows, key=lambda row: row.seq)
+
+
+def _rule_switched_on(session: Session, scene_id: str) -> tuple[int, str | None]:
+    """The audit entry with which the scene's rule was last switched on, and by whom; (0, None): it never was."""
+    before, after = (getattr(AuditEntry, side)[("spec", "approve_automatically")] for side in ("before", "after"))
+    query = select(AuditEntry.seq, AuditEntry.actor, before.label("before"), after.label("after"))
+    query = query.where(*_of(session, "scenes"), AuditEntry.key == scene_id).order_by(AuditEntry.seq.desc())
+    for entry in session.execute(query):
+        if entry.after and not entry.before:
+            return entry.seq, person_key(entry.actor)
+    return 0, None

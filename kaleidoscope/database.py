@@ -110,6 +110,7 @@ class Database:
             event.listen(self.engine, "begin", _begin_sqlite)
         event.listen(self.engine, "before_execute", _only_logged)
         self.url = parsed
+        self._inode: tuple[int, int] | None = None
 
     def __enter__(self) -> Database:
         return self
@@ -149,10 +150,28 @@ class Database:
         if not write and not self.sqlite:
             options["isolation_level"] = "REPEATABLE READ"
         engine = self.engine.execution_options(**options)
+        self._refuse_another_file()
         with self._in_our_words(), engine.connect() as connection, connection.begin() as begun:
             yield connection
             if not write:
                 begun.rollback()
+
+    def _refuse_another_file(self) -> None:
+        """Raise UnavailableError where the SQLite file was deleted or replaced since it was opened: connections would
+        go on writing to one that nobody finds again."""
+        if not self.sqlite:
+            return
+        try:
+            found = Path(str(self.url.database)).stat()
+        except OSError:
+            found = None
+        inode = None if found is None else (found.st_dev, found.st_ino)
+        if self._inode is None:
+            self._inode = inode
+        elif inode != self._inode:
+            raise UnavailableError(
+                f"{self.name}: the file was deleted or replaced while it was in use. Put it back, or start again."
+            )
 
     @contextmanager
     def _in_our_words(self) -> Iterator[None]:
@@ -485,6 +504,74 @@ def add_rows(session: Session, kind: type[Base], rows: Sequence[Mapping[str, Any
         for row in rows
     ]
     connection.execute(sa.insert(AuditEntry), entries)
+
+
+def change_rows(session: Session, changes: Sequence[tuple[Base, Mapping[str, Any]]]) -> None:
+    """Change many rows of one kind, which the session has read, at once: column → value, each with its audit entry.
+
+    For thousands of rows, for which the session takes ten times as long. It leaves what the session would have: one
+    that somebody else changed or deleted meanwhile is a ConflictError, a column that already has its value is left
+    alone, and so is a row of which all columns have.
+    """
+    session.flush()
+    compared = (
+        (row, {name: value for name, value in wanted.items() if getattr(row, name) != value}) for row, wanted in changes
+    )
+    told = [(row, after) for row, after in compared if after]
+    if not told:
+        return
+    kind = type(told[0][0])
+    if not session.may_write:
+        raise RuntimeError(f"a {kind.__name__} was changed in a transaction that only reads")
+    if not issubclass(kind, Tenant) or any(type(row) is not kind for row, _ in told):
+        raise RuntimeError("rows that are changed at once are all of one kind, which belongs to a business")
+    if any(row.business_id != session.business for row, _ in told):  # type: ignore[attr-defined]
+        raise RuntimeError(f"a {kind.__name__} of another business than {session.business} was touched")
+    at, versioned, mapper = now(), issubclass(kind, Versioned), sa.inspect(kind)
+    keys = [str(column.key) for column in mapper.primary_key]
+    names = dict.fromkeys(name for _, after in told for name in after)
+    table = cast(sa.Table, mapper.local_table)
+    known = [*keys, *(["version"] if versioned else [])]
+    statement = (
+        sa.update(table)
+        .where(*(table.c[name] == sa.bindparam(f"known_{name}") for name in known))
+        .values({name: sa.bindparam(f"new_{name}") for name in [*names, *(["version", "updated_at"] * versioned)]})
+    )
+    parameters = [
+        {
+            **{f"known_{name}": getattr(row, name) for name in known},
+            **{f"new_{name}": after[name] if name in after else getattr(row, name) for name in names},
+            **({"new_version": row.version + 1, "new_updated_at": at} if versioned else {}),  # type: ignore[attr-defined]
+        }
+        for row, after in told
+    ]
+    connection = session.connection()
+    if connection.execute(statement, parameters).rowcount != len(told):
+        raise ConflictError("Somebody else changed this at the same time. Read it again, and repeat.")
+    if kind.audited:
+        entries = [_bulk_entry(session, row, keys, after, at) for row, after in told]
+        connection.execute(sa.insert(AuditEntry), entries)
+    for row, after in told:
+        counted = {"version": row.version + 1, "updated_at": at} if versioned else {}  # type: ignore[attr-defined]
+        for name, value in {**after, **counted}.items():
+            orm.attributes.set_committed_value(row, name, value)
+
+
+def _bulk_entry(
+    session: Session, row: Base, keys: Sequence[str], after: Mapping[str, Any], at: datetime
+) -> dict[str, Any]:
+    """The audit entry of a row that still holds what it held before."""
+    audited = [name for name in after if name not in row.unaudited]
+    return {
+        "business_id": session.business,
+        "at": at,
+        "actor": session.caller.user,
+        "action": "changed",
+        "entity": row.__tablename__,
+        "key": "/".join(str(getattr(row, name)) for name in keys if name != "business_id"),
+        "before": {name: _plain(getattr(row, name)) for name in audited} or None,
+        "after": {name: _plain(after[name]) for name in audited} or None,
+    }
 
 
 def refuse_existing(session: Session, kind: type[Row], *key: object) -> None:

@@ -6,11 +6,12 @@ of millions of combinations costs as much as one of the few hundred materials th
 
 from __future__ import annotations
 
+import bisect
 import importlib.util
 import itertools
 import math
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,9 +33,12 @@ from kaleidoscope.content import (
     TextRegion,
     segments,
 )
-from kaleidoscope.errors import InputError
+from kaleidoscope.errors import InputError, TooComplexError
 
 TEXT_FITS, IMAGE_RATIO, CONTRAST = "text_fits", "image_ratio", "contrast"
+CHECKS = (TEXT_FITS, IMAGE_RATIO, CONTRAST)
+PARTS = ("title", "subtitle", "button")  # of a copy
+MOST_LOOKS = 1_000_000  # of a material at a region, that the checks of a scene may take: some ten seconds
 MIN_CONTRAST, MIN_CONTRAST_LARGE, LARGE_TEXT_PX = 4.5, 3.0, 24.0  # WCAG 2.2, success criterion 1.4.3
 
 Option = tuple[str, str]  # slot, material
@@ -91,7 +95,11 @@ def pair_failures(
 
 
 def combination_failures(
-    slots: Slots, placeholders: Sequence[Placeholder] = (), ruler: Ruler | None = None
+    slots: Slots,
+    placeholders: Sequence[Placeholder] = (),
+    ruler: Ruler | None = None,
+    *,
+    checks: Collection[str] = CHECKS,
 ) -> list[CombinationFailure]:
     """Every smallest set of materials that fails a check: pairs, and three where a slot varies the font size.
 
@@ -99,17 +107,61 @@ def combination_failures(
     earlier ones, and styles of one part those of all. Text is exact. Contrast errs on the safe side where it would
     take three materials: a colour and a background from two slots are judged at the smallest text that any layout
     shows on them, and styles as if the copy had a text in every part that some copy has.
+
+    Raises TooComplexError, before it measures anything, where these materials take more than MOST_LOOKS.
     """
     ruler = ruler or default_ruler()
     found: dict[tuple[str, tuple[Option, ...]], str] = {}
-    for slot, options in slots.items():
-        layouts = [(id, content) for id, content in options if isinstance(content, Layout)]
-        if layouts:
-            boxes = [(id, layout, layout.boxes()) for id, layout in layouts]
-            for check in (_text_failures, _ratio_failures, _contrast_failures):
+    layouts: dict[str, Boxes] = {
+        slot: [(id, content, content.boxes()) for id, content in options if isinstance(content, Layout)]
+        for slot, options in slots.items()
+    }
+    _refuse_endless(slots, [boxes for boxes in layouts.values() if boxes], checks)
+    for slot, boxes in layouts.items():
+        for name, check in zip(CHECKS, (_text_failures, _ratio_failures, _contrast_failures), strict=True):
+            if boxes and name in checks:
                 for failure in check(slots, slot, boxes, placeholders, ruler):
                     found.setdefault((failure.check, failure.options), failure.message)
     return [CombinationFailure(check, options, message) for (check, options), message in found.items()]
+
+
+def _refuse_endless(slots: Slots, layouts: Sequence[Boxes], checks: Collection[str]) -> None:
+    """Raise TooComplexError where the checks would take too long, by what there is to look at."""
+    copies = {slot: sum(isinstance(content, Copy) for _, content in options) for slot, options in slots.items()}
+    images = {slot: sum(isinstance(content, Image) for _, content in options) for slot, options in slots.items()}
+    regions = [box.region for boxes in layouts for _, _, found in boxes for box in found]
+    shown = {f"{slot}.{part}" for slot, count in copies.items() if count for part in PARTS}
+    shown &= {region.show for region in regions if isinstance(region, TextRegion)}
+    sizing = {show: _styles(slots, "font_size", show) for show in shown}
+    colors, grounds = ({show: sum(_styles(slots, n, show).values()) for show in shown} for n in ("color", "background"))
+    looks = 0
+    for slot in slots:
+        mine = [show for show in shown if show.partition(".")[0] == slot]
+        sizes = math.prod({s: n for show in mine for s, n in sizing[show].items()}.values())
+        for show in mine:
+            texts = copies[slot] * sizes * (TEXT_FITS in checks)
+            paints = (1 + colors[show]) * (1 + grounds[show]) * (CONTRAST in checks)
+            looks += (texts + paints) * sum(region.show == show for region in regions)
+    if IMAGE_RATIO in checks:
+        looks += sum(images.get(region.show, 0) for region in regions if isinstance(region, ImageRegion))
+    if looks > MOST_LOOKS:
+        counts = {
+            "layouts": sum(map(len, layouts)),
+            "copies": sum(copies.values()),
+            "images": sum(images.values()),
+            "styles": sum(isinstance(content, Style) for options in slots.values() for _, content in options),
+        }
+        named = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+        raise TooComplexError(
+            f"design checks: {named} would have to be looked at {looks:,} times, each in every region that may show it;"
+            f" at most {MOST_LOOKS:,} are worked out. Use fewer layouts, copies or font sizes in this scene, or split"
+            " it, or turn off checks that it does not need."
+        )
+
+
+def _styles(slots: Slots, name: str, show: str) -> dict[str, int]:
+    """Per slot with styles that set a property of a part, how many materials it may hold."""
+    return {slot: len(options) for slot, options in slots.items() if _applies(slots, slot, name, show)}
 
 
 Boxes = Sequence[tuple[str, Layout, Sequence[Box]]]
@@ -123,7 +175,7 @@ def _text_failures(
 ) -> Iterator[CombinationFailure]:
     shown = {box.region.show for _, _, boxes in layouts for box in boxes if isinstance(box.region, TextRegion)}
     for slot, copies in _texts(slots, placeholders, ruler).items():
-        parts = [part for part in ("title", "subtitle", "button") if f"{slot}.{part}" in shown]
+        parts = [part for part in PARTS if f"{slot}.{part}" in shown]
         sizing = [s for s in slots if any(_applies(slots, s, "font_size", f"{slot}.{part}") for part in parts)]
         choices = list(itertools.product(*(slots[s] for s in sizing)))
         failing = np.zeros((len(copies), len(layouts), len(choices)), dtype=bool)
@@ -176,22 +228,29 @@ def _texts(
     slots: Slots, placeholders: Sequence[Placeholder], ruler: Ruler
 ) -> dict[str, list[tuple[str, dict[str, str]]]]:
     """Per slot with copy: every copy's parts, placeholders replaced by the widest that may stand there."""
+    widest = cache(lambda language: _widest_values(language, placeholders, ruler))
     return {
-        slot: [(id, _widest(content, placeholders, ruler)) for id, content in options if isinstance(content, Copy)]
+        slot: [(id, _widest(content, widest(content.language))) for id, content in options if isinstance(content, Copy)]
         for slot, options in slots.items()
         if any(isinstance(content, Copy) for _, content in options)
     }
 
 
-def _widest(copy: Copy, placeholders: Sequence[Placeholder], ruler: Ruler) -> dict[str, str]:
+def _widest_values(language: str, placeholders: Sequence[Placeholder], ruler: Ruler) -> dict[str, str]:
+    """Per placeholder, the widest that may stand there in a copy of this language."""
     widest = {}
     for placeholder in placeholders:
         # A value as long as it may be: in words, of characters that are full width where the language's are.
-        character = "国" if copy.language.partition("-")[0] in ("zh", "ja", "ko") else "0"
+        character = "国" if language.partition("-")[0] in ("zh", "ja", "ko") else "0"
         value = " ".join(
             character * min(10, placeholder.max_length - start) for start in range(0, placeholder.max_length, 10)
         )[: placeholder.max_length]
-        widest[placeholder.name] = max(value, placeholder.fallback_in(copy.language), key=ruler.width)
+        widest[placeholder.name] = max(value, placeholder.fallback_in(language), key=ruler.width)
+    return widest
+
+
+def _widest(copy: Copy, widest: Mapping[str, str]) -> dict[str, str]:
+    """The copy's parts, with these values for its placeholders."""
     texts = {}
     for part, text in copy.texts().items():
         try:
@@ -219,7 +278,7 @@ def _overflow(text: str, box: Box, size: float, ruler: Ruler) -> str | None:
         return f"needs {region.line_height * size:g} px for a line, and {region.show} is {box.height:g} px high."
     lines = ruler.lines(text, box.width / size, region.font)
     if lines is None:
-        word = max(ruler.words(text), key=lambda word: ruler.width(word, region.font))
+        word = ruler.widest_word(text, region.font)
         return (
             f"holds {word[:40]!r}, {math.ceil(ruler.width(word, region.font) * size)} px wide at {size:g} px;"
             f" {region.show} is {box.width:g} px wide."
@@ -227,6 +286,16 @@ def _overflow(text: str, box: Box, size: float, ruler: Ruler) -> str | None:
     if lines > room:
         return f"takes {lines} lines at {size:g} px; {region.show} has room for {room}."
     return None
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What a line of text can break between, where each begins and ends on one line, in em."""
+
+    starts: list[float]
+    ends: list[float]
+    widest: float
+    widest_word: str
 
 
 class Ruler:
@@ -248,6 +317,7 @@ class Ruler:
         self._glyphs: dict[tuple[str | None, str], bool] = {}
         self._widths: dict[tuple[str | None, str], float] = {}
         self._lines: dict[tuple[str | None, str, float], int | None] = {}
+        self._tokens: dict[tuple[str | None, str], _Tokens] = {}
 
     def width(self, text: str, font: str | None = None) -> float:
         """Width of a text on one line, in em."""
@@ -275,20 +345,41 @@ class Ruler:
         """What a line can break between: words, and each character of scripts that put no space between words."""
         return [token for word in text.split() for token in _break(word)]
 
+    def widest_word(self, text: str, font: str | None = None) -> str:
+        """The word that needs the widest line."""
+        return self._measured(text, font if font in self._fonts else None).widest_word
+
     def _wrap(self, text: str, width_em: float, font: str | None) -> int | None:
-        space = self.width(" ", font)
-        lines, used = 1, 0.0
-        for word in text.split():
-            gap = space if used else 0.0
+        tokens = self._measured(text, font)
+        if tokens.widest > width_em:
+            return None
+        lines, at = 0, 0
+        while at < len(tokens.ends):
+            at = bisect.bisect_right(tokens.ends, tokens.starts[at] + width_em, lo=at + 1)
+            lines += 1
+        return max(1, lines)
+
+    def _measured(self, text: str, font: str | None) -> _Tokens:
+        key = (font, text)
+        if key not in self._tokens:
+            if len(self._tokens) > self._MAX_CACHED:
+                self._tokens.clear()
+            self._tokens[key] = self._measure(text, font)
+        return self._tokens[key]
+
+    def _measure(self, text: str, font: str | None) -> _Tokens:
+        space, at = self.width(" ", font), 0.0
+        starts, ends, widest, widest_word = [], [], 0.0, ""
+        for n, word in enumerate(text.split()):
+            at += space if n else 0.0
             for token in _break(word):
                 wide = self.width(token, font)
-                if wide > width_em:
-                    return None
-                if used + gap + wide > width_em:
-                    lines, used, gap = lines + 1, 0.0, 0.0
-                used += gap + wide
-                gap = 0.0
-        return lines
+                starts.append(at)
+                at += wide
+                ends.append(at)
+                if wide > widest:
+                    widest, widest_word = wide, token
+        return _Tokens(starts, ends, widest, widest_word)
 
     def _has(self, font: str | None, character: str) -> bool:
         key = (font, character)
@@ -407,19 +498,24 @@ def _contrast_failures(
     wearers = {
         f"{slot}.{part}": [(slot, id) for id, content in options if isinstance(content, Copy) and content.texts()[part]]
         for slot, options in slots.items()
-        for part in ("title", "subtitle", "button")
+        for part in PARTS
     }
+    offered = cache(lambda name, show, canvas: _offers(slots, name, show, canvas=canvas))
     smallest: dict[tuple[str, Option, Option], tuple[float, str, str]] = {}  # of two styles, over the layouts
+
+    def sources(name: str, show: str, own: str | float, *, canvas: bool = True) -> list[_Source]:
+        always, styles = offered(name, show, canvas)
+        return styles if always else [_Source(own, None), *styles]
+
     for layout_id, layout, boxes in layouts:
         for box in boxes:
             region = box.region
             if not isinstance(region, TextRegion) or not wearers.get(region.show):
                 continue
-            size = min(float(s.value) for s in _sources(slots, "font_size", region, region.font_size))
-            colors = _sources(slots, "color", region, region.color)
-            grounds = _sources(
-                slots, "background", region, box.background or layout.background, canvas=box.background is None
-            )
+            size = min(float(s.value) for s in sources("font_size", region.show, region.font_size))
+            colors = sources("color", region.show, region.color)
+            own = box.background or layout.background
+            grounds = sources("background", region.show, own, canvas=box.background is None)
             for color, ground in itertools.product(colors, grounds):
                 if color.style and ground.style:
                     key = (region.show, color.style, ground.style)
@@ -451,28 +547,24 @@ def _unreadable(color: str, background: str, size: float) -> str | None:
     return f"is {color} on {background}, a contrast of {shown:.2f}; {needed:g} is the least at {size:g} px."
 
 
-def _sources(slots: Slots, name: str, region: TextRegion, own: str | float, *, canvas: bool = True) -> list[_Source]:
-    """What a property of a region may be: every style that can have the last word, and the layout's own if none has."""
+def _offers(slots: Slots, name: str, show: str, *, canvas: bool) -> tuple[bool, list[_Source]]:
+    """Every style that can have the last word on a property of a part, and whether one of them always has it."""
     offers: dict[str, list[tuple[tuple[bool, int], _Source]]] = {}  # per slot, with the rank of each style
     spared = {}  # whether a slot has an option that leaves the property alone
     for order, (slot, options) in enumerate(slots.items()):
         for id, content in options:
-            if _overrides(content, name, region.show, canvas=canvas):
+            if _overrides(content, name, show, canvas=canvas):
                 rank = (bool(content.applies_to), order)
                 offers.setdefault(slot, []).append((rank, _Source(content.value, (slot, id))))
             else:
                 spared[slot] = True
-    found = [] if any(slot not in spared for slot in offers) else [_Source(own, None)]
+    found: list[_Source] = []
+    lowest = {slot: min(rank for rank, _ in ranked) for slot, ranked in offers.items() if slot not in spared}
     for slot, ranked in offers.items():
-        for rank, source in ranked:
-            others = (
-                other in spared or any(theirs < rank for theirs, _ in offers[other])
-                for other in offers
-                if other != slot
-            )
-            if all(others):
-                found.append(source)
-    return found
+        # The last word is a style's that outranks at least one of every slot that never leaves the property alone.
+        bar = max((rank for other, rank in lowest.items() if other != slot), default=(False, -1))
+        found += [source for rank, source in ranked if rank > bar]
+    return bool(lowest), found
 
 
 def _applies(slots: Slots, slot: str, name: str, show: str) -> bool:

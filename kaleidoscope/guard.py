@@ -58,6 +58,7 @@ from kaleidoscope.release import (
     live_at,
     pause,
     verify,
+    withdrawn,
 )
 from kaleidoscope.scenes import get_scene
 from kaleidoscope.tables import LedgerEntry, now
@@ -420,6 +421,7 @@ class Canary:
     began: datetime
     stage_began: datetime
     resumed: datetime | None = None  # the last time that somebody let it go on
+    withdrawn: tuple[str, ...] = ()  # what of it was rejected or retired since it was drafted
 
 
 def canary_of(session: Session, scene_id: str) -> Canary | None:
@@ -432,6 +434,7 @@ def canary_of(session: Session, scene_id: str) -> Canary | None:
     moved = [entry for entry in _entries_since_start(session, scene_id) if entry.candidate == live.candidate]
     stages = [entry.at for entry in moved if entry.action in (Action.START, Action.ADVANCE)]
     resumes = [entry.at for entry in moved if entry.action == Action.RESUME]
+    content = verify(get_release(session, scene_id, live.candidate))
     return Canary(
         scene=scene_id,
         seq=live.seq,
@@ -440,10 +443,11 @@ def canary_of(session: Session, scene_id: str) -> Canary | None:
         share=live.share,
         stage=live.stage or 0,
         paused=live.paused,
-        content=verify(get_release(session, scene_id, live.candidate)),
+        content=content,
         began=stages[-1],
         stage_began=stages[0],
         resumed=resumes[0] if resumes else None,
+        withdrawn=tuple(withdrawn(session, live.candidate, content)),
     )
 
 
@@ -638,6 +642,12 @@ def next_step(
         return Step.PAUSE, (
             f"units do not fall into buckets, or into the canary, as their shares say (p = {ratio_p:.2g}), so that no"
             " comparison can be trusted; find the cause, then resume it"
+        )
+    if canary.withdrawn:
+        more = f" and {len(canary.withdrawn) - 3:,} more" if len(canary.withdrawn) > 3 else ""
+        return Step.WAIT, (
+            f"it shows {', '.join(canary.withdrawn[:3])}{more}, rejected or retired since; roll it back, and draft"
+            " a new release"
         )
     if not rails:
         return Step.WAIT, "it has no guardrails, so that somebody has to advance it"

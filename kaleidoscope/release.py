@@ -20,14 +20,15 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from sqlalchemy import Select, func, select, tuple_
 from sqlalchemy.orm import defer
 
-from kaleidoscope.businesses import get_business, placeholders_of
+from kaleidoscope.access import person_key
+from kaleidoscope.businesses import get_business, placeholders_of, withdrawn_since_draft
 from kaleidoscope.content import Placeholder
 from kaleidoscope.database import PAGE, Page, Session, check_moment, find, paginate
 from kaleidoscope.errors import ConflictError, ForbiddenError, InputError, JobError, NotFoundError
 from kaleidoscope.interventions import DescribedVariant, Moment, Rule, describe_variants, segment_text, upcoming_rules
-from kaleidoscope.review import approval_holds
-from kaleidoscope.scenes import AttributionSpec, materials_by_id, possible, space_of, spec_of
-from kaleidoscope.tables import LedgerEntry, Release, Scene, Variant, now
+from kaleidoscope.review import approval_holds, placeholders_shown
+from kaleidoscope.scenes import AttributionSpec, materials_by_id, possible, space_basis, space_of, spec_of
+from kaleidoscope.tables import LedgerEntry, Material, Release, Scene, Variant, now
 from kaleidoscope.taxonomy import current_taxonomy
 from kaleidoscope.vocabulary import Bucket, MaterialKind, ReleaseState, ReviewState, Role
 
@@ -224,9 +225,36 @@ def verify(release: Release) -> ReleaseContent:
 # ── drafting ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def draft_release(session: Session, scene_id: str, plan: ReleasePlan, note: str = "") -> Release:
+@dataclass(frozen=True)
+class Checked:
+    """Which of a scene's approved variants are possible as the scene is, worked out from what the database held."""
+
+    basis: list[Any]  # what it was worked out from
+    possible: Mapping[str, bool]  # by id
+
+
+def check_variants(session: Session, scene_id: str) -> Checked:
+    """What `draft_release` has to know of the scene's variants; the costly part of it, which changes nothing.
+
+    Raises TooComplexError where hard checks cannot be worked out in reasonable time.
+    """
+    session.caller.require(Role.EDITOR, Role.PUBLISHER)
+    scene = find(session, Scene, scene_id)
+    approved = Variant.scene_id == scene_id, Variant.state == ReviewState.APPROVED
+    combinations: dict[str, dict[str, Any]] = dict(
+        session.execute(select(Variant.id, Variant.materials).where(*approved)).all()
+    )
+    space = space_of(session, scene, remarks=False).space
+    fits = possible(space, list(combinations.values()))
+    return Checked(space_basis(session, scene), dict(zip(combinations, fits, strict=True)))
+
+
+def draft_release(
+    session: Session, scene_id: str, plan: ReleasePlan, note: str = "", checked: Checked | None = None
+) -> Release:
     """A new release of the scene's variants that are approved, with what they hold and the rules from now on.
 
+    `checked` is what `check_variants` worked out before, in another transaction, so that nobody had to wait for it.
     Raises ConflictError where nothing is approved, or the baseline is not; it counts what is missing.
     """
     session.caller.require(Role.EDITOR, Role.PUBLISHER)
@@ -253,7 +281,10 @@ def draft_release(session: Session, scene_id: str, plan: ReleasePlan, note: str 
             f"best_single: {plan.best_single!r} is not among the {len(approved)} approved variants of scene"
             f" {scene_id!r}. Name one of them, or leave it out."
         )
-    allowed = possible(space_of(session, scene).space, [row.materials for row in approved])
+    checked = check_variants(session, scene_id) if checked is None else checked
+    if checked.basis != space_basis(session, scene) or not holding <= checked.possible.keys():
+        raise ConflictError(f"Scene {scene_id!r}, or what it is made of, changed meanwhile. Draft the release again.")
+    allowed = [checked.possible[row.id] for row in approved]
     if not all(allowed):
         raise ConflictError(
             f"{allowed.count(False)} of the {len(approved)} approved variants of scene {scene_id!r} are not possible as"
@@ -427,12 +458,13 @@ def start(session: Session, scene_id: str, number: int, *, expected_seq: int | N
     """Put a draft live, at its first stage.
 
     Raises ForbiddenError where two people are needed and the author is the one who starts; ConflictError where another
-    release is in canary, this one was started before, or something in it was rejected or retired since.
+    release is in canary, this one was started before, or it holds what was `withdrawn`.
     """
     session.caller.require(Role.PUBLISHER)
     before = _standing(session, scene_id, Action.START, number, expected_seq)
     release = get_release(session, scene_id, number)
-    if get_business(session).two_person_publish and release.author == session.caller.user:
+    same = person_key(release.author) == person_key(session.caller.user)
+    if get_business(session).two_person_publish and same:
         raise ForbiddenError(
             f"{session.caller.user} drafted release {number}, and this business wants two people to publish. Have"
             " another publisher start it."
@@ -449,7 +481,12 @@ def start(session: Session, scene_id: str, number: int, *, expected_seq: int | N
             before, Action.START, number,
         )  # fmt: skip
     content = verify(release)
-    _refuse_withdrawn(session, content)
+    gone = withdrawn(session, number, content)
+    if gone:
+        raise _conflict(
+            f"Release {number} holds what was rejected or retired since: {_some(gone)}. Draft a new one.",
+            before, Action.START, number,
+        )  # fmt: skip
     return _enter_stage(session, before, Action.START, content, number, 0)
 
 
@@ -464,7 +501,8 @@ def advance(
     """Move the candidate to its next stage; from the last one it becomes the stable release.
 
     The health must be recent and from this stage, and every guardrail of the release must be in it and hold. Raises
-    ConflictError naming those that failed; with `rollback_if_unhealthy` rolls the candidate back instead.
+    ConflictError naming those that failed; with `rollback_if_unhealthy` rolls the candidate back instead. Raises
+    ConflictError, too, where the candidate holds what was `withdrawn`.
     """
     session.caller.require(Role.PUBLISHER)
     before = _standing(session, scene_id, Action.ADVANCE, None, expected_seq)
@@ -483,6 +521,13 @@ def advance(
         )  # fmt: skip
     if before.paused:
         raise _conflict(f"Release {number} is paused. Resume it first.", before, Action.ADVANCE, number)
+    gone = withdrawn(session, number, content)
+    if gone:
+        raise _conflict(
+            f"Release {number} holds what was rejected or retired since: {_some(gone)}. Roll it back, and draft a new"
+            " one.",
+            before, Action.ADVANCE, number,
+        )  # fmt: skip
     return _enter_stage(session, before, Action.ADVANCE, content, number, (before.stage or 0) + 1, health)
 
 
@@ -798,20 +843,55 @@ def _refuse_stale(session: Session, before: Live, health: Health, number: int) -
 _ENTERS = (Action.START, Action.ADVANCE)
 
 
-def _refuse_withdrawn(session: Session, content: ReleaseContent) -> None:
-    """Raise ConflictError where something in a draft was rejected or retired since it was drafted."""
-    gone = (ReviewState.REJECTED, ReviewState.RETIRED)
-    materials = {id for id, m in materials_by_id(session, set(content.materials)).items() if m.state in gone}
-    query = select(Variant.id).where(
-        Variant.business_id == session.business, Variant.scene_id == content.scene.id, Variant.state.in_(gone)
-    )
-    variants = {v.id for v in content.variants} & set(session.scalars(query))
-    if materials or variants:
-        names = [f"material {id}" for id in sorted(materials)] + [f"variant {id}" for id in sorted(variants)]
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise ConflictError(
-            f"The release holds what was rejected or retired since: {', '.join(names[:5])}{more}. Draft a new one."
-        )
+def withdrawn(session: Session, number: int, content: ReleaseContent) -> list[str]:
+    """What in a release was rejected or retired since it was drafted, in words: `material c3`.
+
+    Only an approval of the same makes it good again. What was edited since is not withdrawn: the release keeps what was
+    approved.
+    """
+    scene_id, gone = content.scene.id, (ReviewState.REJECTED, ReviewState.RETIRED)
+    once_materials, once_variants = withdrawn_since_draft(session, scene_id, number)
+    materials = {
+        id
+        for id, row in materials_by_id(session, set(content.materials)).items()
+        if row.state in gone
+        or (id in once_materials and not (row.state == ReviewState.APPROVED and _as_held(row, content)))
+    }
+    of_scene = select(Variant).where(Variant.scene_id == scene_id)
+    held = {v.id for v in content.variants}
+    variants = held.intersection(session.scalars(of_scene.where(Variant.state.in_(gone)).with_only_columns(Variant.id)))
+    again = [row for row in session.scalars(of_scene) if row.id in once_variants & held] if once_variants else []
+    variants |= {row.id for row in again} - _approved_as_held(session, again, content)
+    return [f"material {id}" for id in sorted(materials)] + [f"variant {id}" for id in sorted(variants)]
+
+
+def _as_held(material: Material, content: ReleaseContent) -> bool:
+    return material.content_hash == content.materials[material.id].content_hash
+
+
+def _approved_as_held(session: Session, variants: Sequence[Variant], content: ReleaseContent) -> set[str]:
+    """Those of the variants whose approval holds and that show and mean what they do in the release."""
+    if not variants:
+        return set()
+    materials = materials_by_id(session, {m for v in variants for m in v.materials.values()})
+    changed = {id for id, material in materials.items() if not _as_held(material, content)}
+    product = spec_of(find(session, Scene, content.scene.id)).product
+    fills = {p.name: p.fills(product) for p in placeholders_of(get_business(session))}
+    filled = {p.name: p.fills(content.scene.product) for p in content.placeholders}
+    shown, described = placeholders_shown(variants, materials), {v.id: v for v in describe_variants(session, variants)}
+    same = {v.id for v in content.variants if described.get(v.id) == v}
+    return {
+        v.id
+        for v in variants
+        if v.id in same
+        and changed.isdisjoint(v.materials.values())
+        and all(fills.get(name) == filled.get(name) for name in shown[v.id])
+    } & approval_holds(session, variants)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more}"
 
 
 def _need_reason(reason: str) -> None:

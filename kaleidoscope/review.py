@@ -16,9 +16,17 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import select
+from sqlalchemy.orm import defer
 
-from kaleidoscope.access import RULE
-from kaleidoscope.businesses import get_business, placeholders_of, reopen_variants
+from kaleidoscope.access import RULE, person_key
+from kaleidoscope.businesses import (
+    get_business,
+    kept_from_rule,
+    placeholders_of,
+    reopen_variants,
+    shaped_by,
+    wrote_material,
+)
 from kaleidoscope.combiner import (
     MatchTerm,
     MaterialTerm,
@@ -36,11 +44,19 @@ from kaleidoscope.combiner import (
 )
 from kaleidoscope.content import Copy, parse_content, placeholders_in
 from kaleidoscope.coverage import Cover, Traffic, cover, traffic
-from kaleidoscope.database import PAGE, Page, Session, add_rows, find, paginate
+from kaleidoscope.database import PAGE, Page, Session, add_rows, change_rows, find, paginate
 from kaleidoscope.errors import ConflictError, InputError, NotFoundError
-from kaleidoscope.scenes import USABLE, SceneSpace, materials_by_id, options_of, possible, space_of, spec_of
+from kaleidoscope.scenes import (
+    USABLE,
+    SceneSpace,
+    materials_by_id,
+    options_of,
+    possible,
+    space_basis,
+    space_of,
+    spec_of,
+)
 from kaleidoscope.tables import (
-    AuditEntry,
     LedgerEntry,
     Material,
     Release,
@@ -50,10 +66,11 @@ from kaleidoscope.tables import (
     VariantMaterial,
     now,
 )
-from kaleidoscope.taxonomy import current_taxonomy
 from kaleidoscope.vocabulary import Level, MaterialKind, ReviewState, Role
 
 MAX_VARIANTS = 100_000  # of a scene that are stored and reviewed; more are capped
+MAX_TERMS = 50  # of a filter
+MAX_NAMED = 20_000  # materials or variants that a filter comes to
 OWN = "your own: somebody else has to review it"
 
 DRAFT, IN_REVIEW, APPROVED = ReviewState.DRAFT, ReviewState.IN_REVIEW, ReviewState.APPROVED
@@ -136,7 +153,7 @@ def plan_variants(session: Session, scene_id: str) -> Planned:
     scene = find(session, Scene, scene_id)
     found = space_of(session, scene)
     existing = _variants(session, scene_id)
-    basis = _basis(session, scene, found, existing)
+    basis = _basis(session, scene, existing)
     alive = [v.materials for v in existing.values() if v.state != RETIRED]
     with work_limit():
         findings = diagnose(found.space)
@@ -150,16 +167,9 @@ def plan_variants(session: Session, scene_id: str) -> Planned:
     return Planned(scene_id, basis, found, legal, wanted, remarks, coverage, warnings)
 
 
-def _basis(session: Session, scene: Scene, found: SceneSpace, existing: Mapping[str, Variant]) -> str:
+def _basis(session: Session, scene: Scene, existing: Mapping[str, Variant]) -> str:
     """A hash of everything that a plan depends on."""
-    materials = materials_by_id(session, {m for slot in found.spec.slots for m in slot.materials})
-    held = [
-        scene.version,
-        get_business(session).version,
-        current_taxonomy(session)[0],
-        sorted((m.id, m.version) for m in materials.values()),
-        sorted((v.id, v.state == RETIRED) for v in existing.values()),
-    ]
+    held = [space_basis(session, scene), sorted((v.id, v.state == RETIRED) for v in existing.values())]
     return hashlib.sha256(json.dumps(held).encode()).hexdigest()
 
 
@@ -174,24 +184,25 @@ def make_variants(session: Session, scene_id: str, planned: Planned | None = Non
     scene = find(session, Scene, scene_id, lock=True)
     planned = plan_variants(session, scene_id) if planned is None else planned
     existing = _variants(session, scene_id)
-    if planned.basis != _basis(session, scene, planned.found, existing):
+    if planned.basis != _basis(session, scene, existing):
         raise ConflictError(f"Scene {scene_id!r}, or what it is made of, changed meanwhile. Make the variants again.")
     space = planned.found.space
     slots = {slot.name: {option.id for option in slot.options} for slot in space.slots}
     created, restored, retired = [id for id in planned.wanted if id not in existing], 0, 0
     _add_variants(session, scene_id, {id: planned.wanted[id] for id in created}, planned.remarks)
+    changes: list[tuple[Variant, dict[str, Any]]] = []
     for id, variant in existing.items():
         if id in planned.wanted:
-            if variant.remarks != planned.remarks[id]:
-                variant.remarks = planned.remarks[id]
+            change: dict[str, Any] = {"remarks": planned.remarks[id]}
             if variant.state == RETIRED:
-                _set(variant, DRAFT, None)
-                variant.author = session.caller.user
+                change |= {**_as(variant, DRAFT, None), "author": session.caller.user}
                 restored += 1
+            changes.append((variant, change))
         elif variant.state != RETIRED:
-            _set(variant, RETIRED, _why_gone(variant.materials, slots, capped=planned.coverage is not None))
+            why = _why_gone(variant.materials, slots, capped=planned.coverage is not None)
+            changes.append((variant, _as(variant, RETIRED, why)))
             retired += 1
-    session.flush()
+    change_rows(session, changes)
     return Made(
         planned.legal,
         len(created),
@@ -348,16 +359,24 @@ def count_variants(session: Session, scene_id: str) -> dict[str, int]:
 def _query(session: Session, scene: Scene, wanted: VariantFilter) -> sa.Select[Variant]:
     query = select(Variant).where(Variant.scene_id == scene.id)
     if wanted.states:
-        query = query.where(Variant.state.in_(wanted.states))
+        query = query.where(Variant.state.in_(set(wanted.states)))
     if wanted.ids:
-        query = query.where(Variant.id.in_(wanted.ids))
+        if len(set(wanted.ids)) > MAX_NAMED:
+            raise InputError(f"ids: {len(set(wanted.ids)):,} variants are named, at most {MAX_NAMED:,} can be at once.")
+        query = query.where(Variant.id.in_(set(wanted.ids)))
     if wanted.remarked is not None:
         empty = sa.cast(Variant.remarks, sa.Text) == "[]"
         query = query.where(~empty if wanted.remarked else empty)
     if wanted.where:
         slots = _held(session, scene)
-        for text in wanted.where:
-            query = query.where(sa.and_(*(_holds(pairs) for pairs in _matching(text, slots))))
+        terms = {frozenset(pairs) for text in dict.fromkeys(wanted.where) for pairs in _matching(text, slots)}
+        named = sum(map(len, terms))
+        if len(terms) > MAX_TERMS or named > MAX_NAMED:  # a statement holds no more
+            raise InputError(
+                f"where: {len(terms):,} terms, which {named:,} materials in slots carry; a filter takes up to"
+                f" {MAX_TERMS} terms and {MAX_NAMED:,} materials. Leave terms out, or name slots: slot.dimension=value."
+            )
+        query = query.where(*(_holds(pairs) for pairs in sorted(terms, key=sorted)))
     return query
 
 
@@ -417,36 +436,40 @@ def move_variants(
 ) -> Moved:
     """Take a step (`MOVES`) with every variant of the scene that the filter lets through.
 
-    Those for which it is impossible stay as they are, and are counted by why; a note names the live release that still
-    shows what is taken out of use. Raises InputError where a needed reason is missing, ForbiddenError where the caller
+    Those for which it is impossible stay as they are, and are counted by why: nobody approves what they made or changed
+    themselves since the last approval, be it a product value. A note names the live release that still shows what is
+    taken out of use. Raises InputError where a needed reason is missing, ForbiddenError where the caller
     lacks the role.
     """
     step = _allowed(session, move, reason)
     scene = find(session, Scene, scene_id, lock=True)
     query = _query(session, scene, wanted or VariantFilter())
-    variants = session.scalars(query.order_by(Variant.id).with_for_update()).all()
+    variants = session.scalars(query.order_by(Variant.id).with_for_update().options(defer(Variant.remarks))).all()
     obstacle: Callable[[Variant], str | None] = lambda variant: None  # noqa: E731
     fingerprints: Mapping[str, str] = {}
     if step.to == APPROVED:
         materials = _materials_of(session, variants)
         unapproved = {id for id, m in materials.items() if m.state != APPROVED}
         fingerprints = _fingerprints(session, variants, materials)
+        own = shaped_by(session, scene_id, placeholders_shown(variants, materials), session.caller.user)
 
         def obstacle(variant: Variant) -> str | None:
+            if variant.id in own:
+                return OWN
             waiting = sorted(unapproved.intersection(variant.materials.values()))
             return f"material {waiting[0]} is not approved" if waiting else None
 
     skipped: Counter[str] = Counter()
-    done = []
+    done, changes = [], []
     for variant in variants:
         why = _obstacle(variant, step, session.caller.user) or obstacle(variant)
         if why:
             skipped[why] += 1
             continue
-        _step(session, variant, step, reason)
-        variant.fingerprint = fingerprints.get(variant.id)
+        shown = {"fingerprint": fingerprints.get(variant.id)}
+        changes.append((variant, _taken(session, variant, step, reason) | shown))
         done.append(variant.id)
-    session.flush()
+    change_rows(session, changes)
     notes = _still_shown(session, "variant", done, [scene_id]) if step.to in WITHDRAWN else ()
     return Moved(len(done), dict(skipped.most_common()), notes)
 
@@ -460,21 +483,21 @@ def move_materials(session: Session, move: str, ids: Sequence[str], *, reason: s
     """
     step = _allowed(session, move, reason)
     skipped: Counter[str] = Counter()
-    done = []
+    done, changes = [], []
     known = {p.name for p in placeholders_of(get_business(session))}
     for id in dict.fromkeys(ids):
         material = find(session, Material, id, lock=True)
         why = _obstacle(material, step, session.caller.user)
-        if why is None and step.role == Role.REVIEWER and _had_a_hand_in(session, material, session.caller.user):
+        if why is None and step.role == Role.REVIEWER and wrote_material(session, id, session.caller.user):
             why = OWN
         if why is None and step.to in (IN_REVIEW, APPROVED):
             why = _unfillable(material, known)
         if why:
             skipped[why] += 1
             continue
-        _step(session, material, step, reason)
+        changes.append((material, _taken(session, material, step, reason)))
         done.append(id)
-    session.flush()
+    change_rows(session, changes)
     notes: tuple[str, ...] = ()
     if step.to in WITHDRAWN:
         for id in done:
@@ -489,20 +512,26 @@ def move_materials(session: Session, move: str, ids: Sequence[str], *, reason: s
 
 
 def approve_by_rule(session: Session, scene_id: str) -> int:
-    """Approve the drafts, and those in review, whose materials are all approved and that no soft check remarks on."""
+    """Approve the drafts, and those in review, whose materials are all approved and that no soft check remarks on.
+
+    Not what only a person may approve: what was rejected, and what shows values that nobody else looked at
+    (`businesses.kept_from_rule`).
+    """
     scene = find(session, Scene, scene_id)
     waiting = VariantFilter(states=(DRAFT, IN_REVIEW), remarked=False)
-    variants = session.scalars(_query(session, scene, waiting).order_by(Variant.id).with_for_update()).all()
+    query = _query(session, scene, waiting).options(defer(Variant.remarks))
+    variants = session.scalars(query.order_by(Variant.id).with_for_update()).all()
     materials = _materials_of(session, variants)
     fingerprints = _fingerprints(session, variants, materials)
-    approved = 0
-    for variant in variants:
-        if all(materials[m].state == APPROVED for m in variant.materials.values()):
-            _set(variant, APPROVED, None)
-            variant.reviewer, variant.reviewed_at, variant.fingerprint = RULE, now(), fingerprints[variant.id]
-            approved += 1
-    session.flush()
-    return approved
+    kept = kept_from_rule(session, scene_id, placeholders_shown(variants, materials))
+    by_rule = {"reviewer": RULE, "reviewed_at": now()}
+    changes = [
+        (variant, {**_as(variant, APPROVED, None), **by_rule, "fingerprint": fingerprints[variant.id]})
+        for variant in variants
+        if variant.id not in kept and all(materials[m].state == APPROVED for m in variant.materials.values())
+    ]
+    change_rows(session, changes)
+    return len(changes)
 
 
 def approval_holds(session: Session, variants: Collection[Variant]) -> set[str]:
@@ -532,7 +561,7 @@ def _obstacle(row: Reviewed, step: Move, user: str) -> str | None:
     if row.state not in step.come_from:
         fitting = " or ".join(state.replace("_", " ") for state in ReviewState if state in step.come_from)
         return f"{row.state.replace('_', ' ')}, not {fitting}"
-    if step.role == Role.REVIEWER and row.author == user:
+    if step.role == Role.REVIEWER and person_key(row.author) == person_key(user):
         return OWN
     return None
 
@@ -575,34 +604,38 @@ def _still_shown(session: Session, what: str, ids: Sequence[str], scene_ids: Seq
     return tuple(notes)
 
 
-def _had_a_hand_in(session: Session, material: Material, user: str) -> bool:
-    """Whether the user wrote any of the material's content or tags since it was last approved, whoever came after."""
-    mine = AuditEntry.business_id == session.business, AuditEntry.entity == "materials", AuditEntry.key == material.id
-    for entry in session.scalars(select(AuditEntry).where(*mine).order_by(AuditEntry.seq.desc())):
-        after = entry.after or {}
-        if entry.action != "created" and after.get("state") == APPROVED:
-            return False
-        if entry.actor == user and (entry.action == "created" or not after.keys().isdisjoint({"content", "tags"})):
-            return True
-    return False
-
-
-def _step(session: Session, row: Reviewed, step: Move, reason: str | None) -> None:
-    _set(row, step.to, reason.strip() if reason else None)
+def _taken(session: Session, row: Reviewed, step: Move, reason: str | None) -> dict[str, Any]:
+    """What a step makes of a row's columns."""
+    change = _as(row, step.to, reason.strip() if reason else None)
     if step.role == Role.REVIEWER:
-        row.reviewer, row.reviewed_at = session.caller.user, now()
+        change |= {"reviewer": session.caller.user, "reviewed_at": now()}
+    return change
 
 
-def _set(row: Reviewed, state: ReviewState, reason: str | None) -> None:
-    row.state, row.reason = state, reason
+def _as(row: Reviewed, state: ReviewState, reason: str | None) -> dict[str, Any]:
+    """What a state makes of a row's columns."""
+    change: dict[str, Any] = {"state": state.value, "reason": reason}
     if state != APPROVED:
-        row.reviewer = row.reviewed_at = None
+        change |= {"reviewer": None, "reviewed_at": None}
         if isinstance(row, Variant):
-            row.fingerprint = None
+            change["fingerprint"] = None
+    return change
 
 
 def _materials_of(session: Session, variants: Iterable[Variant]) -> dict[str, Material]:
     return materials_by_id(session, {m for v in variants for m in v.materials.values()})
+
+
+def _placeholders_held(materials: Mapping[str, Material]) -> dict[str, set[str]]:
+    """The placeholders in each of the copies that hold some."""
+    copies = {id: parse_content(m.content) for id, m in materials.items() if m.kind == MaterialKind.COPY}
+    return {id: names for id, c in copies.items() if isinstance(c, Copy) and (names := placeholders_in(c))}
+
+
+def placeholders_shown(variants: Iterable[Variant], materials: Mapping[str, Material]) -> dict[str, set[str]]:
+    """The placeholders in the copies of each variant, by its id."""
+    held = _placeholders_held(materials)
+    return {v.id: set().union(*(held[m] for m in v.materials.values() if m in held)) for v in variants}
 
 
 def _fingerprints(session: Session, variants: Collection[Variant], materials: Mapping[str, Material]) -> dict[str, str]:
@@ -611,8 +644,7 @@ def _fingerprints(session: Session, variants: Collection[Variant], materials: Ma
     parts: dict[str, list[Any]] = {
         id: [m.content_hash, sorted((t["dimension"], t["value"]) for t in m.tags)] for id, m in materials.items()
     }
-    copies = {id: parse_content(m.content) for id, m in materials.items() if m.kind == MaterialKind.COPY}
-    holding = {id: names for id, c in copies.items() if isinstance(c, Copy) and (names := placeholders_in(c))}
+    holding = _placeholders_held(materials)
     filled: dict[tuple[str, str], list[Any]] = {}  # by scene and material
     if holding:
         placeholders = sorted(placeholders_of(get_business(session)), key=lambda p: p.name)

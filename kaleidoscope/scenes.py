@@ -5,6 +5,7 @@ What a scene's materials combine to is `space_of`; which of the combinations may
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 from sqlalchemy import select
 
 from kaleidoscope.businesses import get_business, placeholders_of, reopen_filled
@@ -31,7 +32,7 @@ from kaleidoscope.database import (
     refuse_existing,
 )
 from kaleidoscope.design_checks import CombinationFailure, combination_failures
-from kaleidoscope.errors import InputError
+from kaleidoscope.errors import ForbiddenError, InputError, JobError
 from kaleidoscope.tables import Material, Scene
 from kaleidoscope.taxonomy import current_taxonomy, mapping_between, translate
 from kaleidoscope.vocabulary import MaterialKind, ReviewState, Role, Strictness
@@ -45,6 +46,18 @@ USABLE = (ReviewState.DRAFT, ReviewState.IN_REVIEW, ReviewState.APPROVED)
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _storable(value: object) -> object:
+    """The value; raises ValueError for a number that no JSON document holds."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no number that can be shown; give a finite one, or text")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("is a whole number beyond 64 bits; give a smaller one, or text")
+    return value
+
+
+ProductValue = Annotated[Line | int | float, BeforeValidator(_storable)]
 
 
 class SlotSpec(_Model):
@@ -88,7 +101,7 @@ class SceneSpec(_Model):
 
     name: Annotated[Line, Field(min_length=1)]
     description: Annotated[str, Field(max_length=2_000)] = ""
-    product: dict[Id, Line | int | float] = Field(default_factory=dict, max_length=100)
+    product: dict[Id, ProductValue] = Field(default_factory=dict, max_length=100)
     slots: Annotated[tuple[SlotSpec, ...], Field(min_length=1, max_length=20)]
     constraints: Annotated[tuple[Annotated[str, Field(max_length=2_000)], ...], Field(max_length=500)] = ()
     checks: Checks = Checks()
@@ -113,8 +126,12 @@ def parse_scene(raw: object, where: str = "scene") -> SceneSpec:
 
 
 def create_scene(session: Session, scene_id: str, spec: SceneSpec) -> Scene:
-    """A new scene of the session's business. Raises InputError where the spec contradicts itself or the library."""
+    """A new scene of the session's business.
+
+    Raises InputError where the spec contradicts itself or the library, ForbiddenError as `change_scene` does.
+    """
     session.caller.require(Role.EDITOR)
+    _may_rule(session, None, spec)
     get_business(session)
     check_id("scene", scene_id)
     refuse_existing(session, Scene, scene_id)
@@ -130,10 +147,12 @@ def create_scene(session: Session, scene_id: str, spec: SceneSpec) -> Scene:
 def change_scene(session: Session, scene_id: str, spec: SceneSpec, *, version: int | None) -> Scene:
     """Replace a scene's spec; variants whose copies show a product value that is changed fall back to draft.
 
-    Raises ConflictError with both versions where `version` is not the current one.
+    Raises ConflictError with both versions where `version` is not the current one, ForbiddenError where an editor who
+    is no reviewer would let the rule approve what it does not approve now.
     """
     session.caller.require(Role.EDITOR)
     scene = find(session, Scene, scene_id, lock=True)
+    _may_rule(session, scene.spec, spec)
     check_version(scene, version, {"spec": _document(spec)}, {"spec": scene.spec})
     _check(session, spec)
     document = _document(spec)
@@ -144,6 +163,23 @@ def change_scene(session: Session, scene_id: str, spec: SceneSpec, *, version: i
         changed = [p.name for p in placeholders_of(get_business(session)) if p.fills(before) != p.fills(after)]
         reopen_filled(session, {name: f"product value {name} changed" for name in changed}, scene_id=scene_id)
     return scene
+
+
+def _may_rule(session: Session, before: Mapping[str, Any] | None, spec: SceneSpec) -> None:
+    """Raise ForbiddenError where the spec makes the rule approve, and it takes a reviewer to say so."""
+    if not spec.approve_automatically or session.caller.may(Role.REVIEWER):
+        return
+    user = session.caller.user
+    if before is None or not before.get("approve_automatically"):
+        raise ForbiddenError(
+            f"approve_automatically: {user} may not switch this on, as it approves: it takes the role reviewer as well"
+            " as editor. Leave it out, or have a reviewer do it."
+        )
+    if before.get("checks") != spec.checks.model_dump(mode="json"):
+        raise ForbiddenError(
+            f"checks: {user} may not change them while approve_automatically is on, as the rule goes by what they"
+            " remark: it takes the role reviewer as well as editor. Switch the rule off, or have a reviewer do it."
+        )
 
 
 def get_scene(session: Session, scene_id: str) -> Scene:
@@ -162,8 +198,14 @@ def attributions(session: Session) -> dict[str, AttributionSpec]:
 
 
 def spec_of(scene: Scene) -> SceneSpec:
-    """A stored scene's spec."""
-    return SceneSpec.model_validate(scene.spec)
+    """A stored scene's spec; raises JobError where it is none, as an earlier version may have left it."""
+    try:
+        return SceneSpec.model_validate(scene.spec)
+    except ValidationError as error:
+        raise JobError(
+            f"{explain(f'Scene {scene.id!r}', error)} It was stored like that. Replace its spec, such as with"
+            " `kaleidoscope scene apply`."
+        ) from None
 
 
 def _document(spec: SceneSpec) -> dict[str, Any]:
@@ -251,24 +293,34 @@ class SceneSpace:
 
     def remarks_on(self, materials: Mapping[str, str]) -> list[str]:
         """What the soft checks remark on a combination, as sentences."""
-        held = set(materials.items())
-        return [
-            f.message for option in materials.items() for f in self._by_first.get(option, ()) if held >= {*f.options}
-        ]
+        found: list[int] = []
+        for slots, remarks in self._by_slots.items():
+            found += remarks.get(tuple(materials.get(slot) for slot in slots), ())
+        order = {slot: at for at, slot in enumerate(materials)}
+        return [self.remarks[n].message for n in sorted(found, key=lambda n: (order[self.remarks[n].options[0][0]], n))]
 
     @cached_property
-    def _by_first(self) -> dict[tuple[str, str], list[CombinationFailure]]:
-        found: dict[tuple[str, str], list[CombinationFailure]] = {}
-        for failure in self.remarks:
-            found.setdefault(failure.options[0], []).append(failure)
+    def _by_slots(self) -> dict[tuple[str, ...], dict[tuple[str | None, ...], list[int]]]:
+        """Slots → a material of each → the remarks on these together."""
+        found: dict[tuple[str, ...], dict[tuple[str | None, ...], list[int]]] = {}
+        for n, failure in enumerate(self.remarks):
+            slots, ids = zip(*failure.options, strict=True)
+            found.setdefault(slots, {}).setdefault(ids, []).append(n)
         return found
 
 
-def space_of(session: Session, scene: Scene) -> SceneSpace:
-    """What the scene's materials combine to, without those that were rejected or retired.
+def space_basis(session: Session, scene: Scene) -> list[Any]:
+    """Everything that `space_of` depends on, as JSON: versions, by which one sees that it is still the same."""
+    materials = materials_by_id(session, {m for slot in spec_of(scene).slots for m in slot.materials})
+    versions = sorted((m.id, m.version) for m in materials.values())
+    return [scene.version, get_business(session).version, current_taxonomy(session)[0], versions]
+
+
+def space_of(session: Session, scene: Scene, *, remarks: bool = True) -> SceneSpace:
+    """What the scene's materials combine to, without those that were rejected or retired; `remarks` takes longer.
 
     Tags are read under the business's current taxonomy. Raises InputError where a constraint names a tag that it has no
-    longer.
+    longer, TooComplexError where the design checks cannot be worked out in reasonable time.
     """
     spec = spec_of(scene)
     every = materials_by_id(session, {m for slot in spec.slots for m in slot.materials})
@@ -280,8 +332,10 @@ def space_of(session: Session, scene: Scene) -> SceneSpace:
     contents = {id: parse_content(m.content) for id, m in materials.items()}
     slots = _slots(session, spec, materials)
     by_slot = {slot.name: [(o.id, contents[o.id]) for o in slot.options] for slot in slots}
-    failures = combination_failures(by_slot, placeholders_of(get_business(session)))
     strictness = spec.checks.model_dump()
+    wanted = (Strictness.HARD, Strictness.SOFT) if remarks else (Strictness.HARD,)
+    checks = [check for check, how in strictness.items() if how in wanted]
+    failures = combination_failures(by_slot, placeholders_of(get_business(session)), checks=checks) if checks else []
     hard = [f for f in failures if strictness[f.check] == Strictness.HARD]
     soft = tuple(f for f in failures if strictness[f.check] == Strictness.SOFT)
     constraints = tuple(parse(text) for text in spec.constraints)
@@ -381,8 +435,11 @@ class SceneDiff:
 def diff_scene(session: Session, scene_id: str, spec: SceneSpec) -> SceneDiff:
     """What `apply_scene` would change."""
     scene = session.get(Scene, (session.business, scene_id))
-    before = {} if scene is None else scene.spec
-    return SceneDiff(scene_id, scene is None, tuple(_changes(before, _document(spec))))
+    if scene is None:
+        return SceneDiff(scene_id, True, tuple(_changes({}, _beyond_defaults(spec))))
+    # A field that is newer than the stored scene stands at its default.
+    before = {**_document(SceneSpec(name=scene.name, slots=spec.slots[:1])), **scene.spec}
+    return SceneDiff(scene_id, False, tuple(_changes(before, _document(spec))))
 
 
 def apply_scene(session: Session, scene_id: str, spec: SceneSpec, *, version: int | None = None) -> SceneDiff:
@@ -393,6 +450,12 @@ def apply_scene(session: Session, scene_id: str, spec: SceneSpec, *, version: in
     elif diff.lines or version is not None:
         change_scene(session, scene_id, spec, version=version)
     return diff
+
+
+def _beyond_defaults(spec: SceneSpec) -> dict[str, Any]:
+    """The spec's document without what stands at its default; slots are whole."""
+    document, told = _document(spec), spec.model_dump(mode="json", exclude_defaults=True)
+    return {key: document[key] if key == "slots" else told[key] for key in document if key in told}
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -406,7 +469,7 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
         elif isinstance(new, list):
             lines += [f"- {key}: {item}" for item in old or () if item not in new]
             lines += [f"+ {key}: {item}" for item in new if item not in (old or ())]
-            if sorted(map(str, old or ())) == sorted(map(str, new)):
+            if old and sorted(map(str, old)) == sorted(map(str, new)):
                 lines.append(f"~ {key}: another order")
         elif isinstance(new, dict):
             was = old or {}
@@ -414,8 +477,7 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
             lines += [f"+ {key}.{k}: {new[k]}" for k in new if k not in was]
             lines += [f"~ {key}.{k}: {was[k]!r} → {new[k]!r}" for k in new if k in was and was[k] != new[k]]
         elif old is None:
-            if new not in ("", {}, None) and not (key == "approve_automatically" and new is False):
-                lines.append(f"+ {key}: {new}")
+            lines.append(f"+ {key}: {new}")
         else:
             lines.append(f"~ {key}: {old!r} → {new!r}")
     return lines

@@ -66,8 +66,6 @@ from kaleidoscope.vocabulary import Bucket, Role
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-# test_learn.py still looks for these here.
-
 SCENE = Path(__file__).resolve().parents[2] / "examples" / "demo_scene"
 BUSINESS = "demo"
 MARKER = "SIMULATED.txt"

@@ -154,7 +154,7 @@ def learn(log: Log, schema: LogSchema, *, seed: int, clock: Clock, simulated: bo
                     log, examples, encoder, fold, support, fitted, values, seed=seed, advance=clock.advance
                 )
     with clock("attribute"):
-        preferences = _attributed(log, dependent=independence.dependent) if has_claim else None
+        preferences, refused = _attributed(log, dependent=independence.dependent) if has_claim else (None, [])
     estimates = {} if values is None else values.estimates
     gains = {} if values is None else values.gains
     over, gain = gains.get(Policy.PERSONALISED, (None, None))
@@ -165,7 +165,7 @@ def learn(log: Log, schema: LogSchema, *, seed: int, clock: Clock, simulated: bo
         "positive_rate": positive_rate,
         "checks": [
             {"code": c.code, "level": str(c.level), "message": c.message}
-            for c in (*log.checks, *_findings(log, mismatch, independence, has_claim=has_claim))
+            for c in (*log.checks, *_findings(log, mismatch, independence, has_claim=has_claim), *refused)
         ],
         "srm": None if mismatch is None else {"p_value": mismatch.p_value, "flagged": mismatch.flagged},
         "exposure_independence": {"p_value": independence.p_value, "dependent": independence.dependent},
@@ -209,12 +209,12 @@ class _CrossFit:
     networks: list[CtrModel] = field(default_factory=list)
 
 
-def _attributed(log: Log, *, dependent: bool) -> Attribution | None:
-    """Who prefers what; None where the log's propensities have no floor, so that nothing can be said."""
+def _attributed(log: Log, *, dependent: bool) -> tuple[Attribution | None, list[Check]]:
+    """Who prefers what, or None and the warning that says why nothing can be said."""
     try:
-        return attribute(log, dependent=dependent)
-    except LogError:
-        return None
+        return attribute(log, dependent=dependent), []
+    except LogError as error:
+        return None, [Check("attribution_refused", Level.WARNING, error.message)]
 
 
 def _n_folds(rows: int) -> int:

@@ -105,11 +105,8 @@ def command(
             within = given.get("business_id") or business or settings.business
             caller = _caller(user or settings.user, None if given.get("installation") else within)
             missing = _missing_database(settings)
-            if missing is not None and not (founds or (write and given.get("installation"))):
-                raise NotFoundError(
-                    f"There is no database {missing} yet, and so nothing to work with: is this the right folder?"
-                    " `kaleidoscope business create ID` makes it; KALEIDOSCOPE_DATABASE_URL names another."
-                )
+            if not (founds or (write and given.get("installation"))):
+                require_database(settings)
             watched = not as_json and _at_a_terminal()
             with open_database(settings.database_url) as database:
                 if missing is not None:
@@ -132,6 +129,16 @@ def command(
         return job
 
     return register
+
+
+def require_database(settings: Settings) -> None:
+    """Raise NotFoundError where the SQLite file that the settings name is not there."""
+    missing = _missing_database(settings)
+    if missing is not None:
+        raise NotFoundError(
+            f"There is no database {missing} yet, and so nothing to work with: is this the right folder?"
+            " `kaleidoscope business create ID` makes it; KALEIDOSCOPE_DATABASE_URL names another."
+        )
 
 
 def _missing_database(settings: Settings) -> Path | None:

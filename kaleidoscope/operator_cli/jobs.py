@@ -21,6 +21,7 @@ from kaleidoscope.operator_cli.frame import (
     listing,
     more,
     none_of,
+    require_database,
     short,
     when,
 )
@@ -159,11 +160,14 @@ def worker(
     from kaleidoscope.jobs import Worker
     from kaleidoscope.settings import load_settings
 
+    settings = load_settings()
+    require_database(settings)
+
     def say(line: str) -> None:
         sys.stderr.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {printable(line)}\n")
         sys.stderr.flush()
 
-    with open_database(load_settings().database_url) as database:
+    with open_database(settings.database_url) as database:
         runner = Worker(database, slots=slots, say=say)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: runner.stop())

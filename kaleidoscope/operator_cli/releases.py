@@ -245,7 +245,13 @@ def _share_option(bucket: str, what: str) -> Any:
     return typer.Option(f"--{bucket}", min=0.0, max=1.0, help=what)
 
 
-@command(release_group, "draft", write=True)
+def _checked(work: Work, scene: str, **_: object) -> Mapping[str, object]:
+    from kaleidoscope.release import check_variants
+
+    return {"checked": check_variants(work.session, scene)}
+
+
+@command(release_group, "draft", write=True, first=_checked)
 def release_draft(
     work: Work,
     scene: Scene,
@@ -271,6 +277,8 @@ def release_draft(
         str | None, typer.Option("--without-random", metavar="REASON", help="Why nothing is shown at random.")
     ] = None,
     note: Note = "",
+    *,
+    checked: Any,
 ) -> Output:
     """Draft a release of what is approved: an immutable snapshot, live only once it is started."""
     from kaleidoscope.registry import with_versions
@@ -290,7 +298,7 @@ def release_draft(
     else:
         parsed = validated(str(plan), ReleasePlan, load_yaml(plan, docs="docs/releases.md"))
     parsed = with_versions(work.settings, work.session, scene, parsed, keep_single=plan is not None)
-    row = draft_release(work.session, scene, parsed, note)
+    row = draft_release(work.session, scene, parsed, note, checked)
     view = ReleaseView.of(row, release_state(work.session, scene, row.number))
     count = len(row.content["variants"])
     plain = parsed.model_dump(mode="json")

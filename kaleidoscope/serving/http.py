@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -19,6 +20,7 @@ from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi.security.http import HTTPAuthorizationCredentials
 from pydantic import BaseModel
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -40,8 +42,10 @@ from kaleidoscope.tables import Business, IdempotencyKey
 from kaleidoscope.tokens import authenticate
 from kaleidoscope.vocabulary import Role
 
+LOG = logging.getLogger("kaleidoscope.serving")
 MAX_BODY = 64 * 1024 * 1024  # bytes; a bulk import with its images
 MAX_JSON = 4 * 1024 * 1024
+OFREP = "/ofrep/"
 RETRY_AFTER_S = 2
 NOBODY = Caller("", None, frozenset())  # who asks whose token this is
 
@@ -102,6 +106,13 @@ class Call:
     def inside(self, business: str) -> Call:
         """The same call in a business."""
         return replace(self, caller=self.caller.inside(business))
+
+    def answered(self) -> bool:
+        """Whether the request's Idempotency-Key has been used, so that `create` makes nothing."""
+        if self.idempotency_key is None:
+            return False
+        with self.read() as session:
+            return session.get(IdempotencyKey, (self.caller.token or "", self.idempotency_key)) is not None
 
     def create(self, make: Callable[[Session], BaseModel]) -> Response:
         """Answer 201 with what `make` makes; with an Idempotency-Key, make it once and answer the same again.
@@ -183,7 +194,7 @@ def _refuse_unstorable(request: Request, body: bytes) -> None:
     """No database stores the character U+0000 or half a surrogate pair, and JSON knows no NaN."""
     if "\0" in request.url.path + "".join(request.path_params.values()) or "%00" in request.url.query:
         raise InputError("path or query: the character U+0000 cannot be used.")
-    if not body or not request.headers.get("content-type", "").lower().startswith(("application/json", "text/json")):
+    if not body:  # or a form; any other body is read as JSON, whatever its type says
         return
     if len(body) > MAX_JSON:
         raise TooLargeError(f"body: {len(body):,} bytes; at most {MAX_JSON:,} are taken.")
@@ -191,8 +202,15 @@ def _refuse_unstorable(request: Request, body: bytes) -> None:
     def refuse(constant: str) -> NoReturn:
         raise InputError(f"body: {constant} is not JSON. Give a number, or null.")
 
+    def finite(number: str) -> float:
+        value = float(number)
+        if math.isinf(value):
+            raise InputError(f"body: {number[:40]} is larger than any number that can be stored.")
+        return value
+
     try:
-        text = json.dumps(json.loads(body, parse_constant=refuse), ensure_ascii=False)
+        document = json.loads(body, parse_constant=refuse, parse_float=finite)
+        text = json.dumps(document, ensure_ascii=False)
         text.encode()
     except UnicodeEncodeError:
         raise InputError("body: it holds half of a surrogate pair, which is no character.") from None
@@ -259,34 +277,45 @@ def add_error_handlers(app: FastAPI) -> None:
             headers["Retry-After"] = str(RETRY_AFTER_S)
         if isinstance(error, TooManyRequestsError):
             headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        if isinstance(error.__cause__, SQLAlchemyError) and isinstance(error, UnavailableError):
+            LOG.warning("%s", error.message)  # names the database, which is nothing for a tenant to know
+            error = UnavailableError("The database is away or too busy just now. Try again in a moment.")
         return JSONResponse(error.as_dict(), status_code=error.http_status, headers=headers)
 
     @app.exception_handler(RequestValidationError)
-    def malformed(_: Request, error: Exception) -> JSONResponse:
+    def malformed(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         lines = [
             f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors()
         ]
-        return _shape(400, "bad_input", "; ".join(lines[:20]))
+        return _shape(request, 400, "bad_input", "; ".join(lines[:20]))
 
     @app.exception_handler(HTTPException)
-    def framework(_: Request, error: Exception) -> JSONResponse:
+    def framework(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        codes = {404: "not_found", 405: "method_not_allowed", 401: "unauthenticated", 403: "forbidden"}
+        codes = {
+            404: "not_found", 405: "method_not_allowed", 401: "unauthenticated", 403: "forbidden", 413: "too_large",
+        }  # fmt: skip
         code = codes.get(error.status_code, "bad_input" if error.status_code < 500 else "internal")
-        return _shape(error.status_code, code, str(error.detail), dict(error.headers or {}))
+        return _shape(request, error.status_code, code, str(error.detail), dict(error.headers or {}))
 
     @app.exception_handler(Exception)
-    def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return _shape(500, "internal", f"{type(error).__name__}. The server's log has the traceback.")
+    def unexpected(request: Request, error: Exception) -> JSONResponse:
+        return _shape(request, 500, "internal", f"{type(error).__name__}. The server's log has the traceback.")
 
 
-def _shape(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": {"code": code, "message": message}}, status_code=status, headers=headers)
+def _shape(
+    request: Request, status: int, code: str, message: str, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """An error in the one shape; where the OpenFeature protocol is spoken, in its shape."""
+    body: dict[str, Any] = {"error": {"code": code, "message": message}}
+    if request.url.path.startswith(OFREP):
+        body = {"errorDetails": message}
+    return JSONResponse(body, status_code=status, headers=headers)
 
 
 class LimitBody:
-    """ASGI middleware that refuses a body of more than MAX_BODY bytes, declared or not."""
+    """ASGI middleware that refuses a body of more than MAX_BODY bytes, declared or not; MAX_JSON where pages ask."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -296,10 +325,11 @@ class LimitBody:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        most = MAX_JSON if scope["path"].startswith(("/v1/", OFREP)) else MAX_BODY
+        said = f"body: at most {most:,} bytes are taken."
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > MAX_BODY:
-            error = TooLargeError(f"body: at most {MAX_BODY:,} bytes are taken.")
-            await JSONResponse(error.as_dict(), status_code=413)(scope, receive, send)
+        if not declared.isdigit() or int(declared) > most:
+            await _shape(Request(scope), 413, TooLargeError.code, said)(scope, receive, send)
             return
         seen = 0
 
@@ -307,8 +337,8 @@ class LimitBody:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > MAX_BODY:
-                raise HTTPException(413, f"body: at most {MAX_BODY:,} bytes are taken.")
+            if seen > most:
+                raise HTTPException(413, said)
             return message
 
         await self.app(scope, counted, send)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,7 +35,7 @@ from kaleidoscope.database import MAX_PAGE, PAGE, Session, check_moment
 from kaleidoscope.errors import InputError, NotFoundError, UnavailableError
 from kaleidoscope.images import MAX_BYTES, image_path, store_image
 from kaleidoscope.release import ReleaseContent
-from kaleidoscope.serving.http import ERRORS, READ, Caught, Route
+from kaleidoscope.serving.http import ERRORS, READ, Call, Caught, Route
 from kaleidoscope.views import (
     AuditView,
     BusinessView,
@@ -63,7 +63,10 @@ IN = "/businesses/{business}"
 SCENE = f"{IN}/scenes/{{scene}}"
 
 MAX_INT = 2**31 - 1
-WAIT_S = 30.0  # for questions that were asked before
+MAX_REMARKS = 1_000  # that are answered
+SEATS = 2  # for questions that take seconds; a third would only make both slower
+WAITING = 4  # of all businesses together
+WAIT_S = 1.0
 Id = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Cursor = Annotated[str | None, Query(max_length=400, description="`next_cursor` of the page before")]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE, description="Items a page")]
@@ -412,14 +415,16 @@ def import_materials(
         (Path(scratch) / "table.csv").write_bytes(table.file.read())
         for picture in pictures or []:
             name = picture.filename or ""
-            if not name or name != Path(name).name or name in {".", ".."} or len(name.encode()) > 200:
+            plain = not any(ord(c) < 32 or "\ud800" <= c <= "\udfff" for c in name)
+            if not plain or name != Path(name).name or name in {"", ".", ".."} or len(name.encode()) > 200:
                 raise InputError(f"pictures: {name!r} cannot be a file's name. Give its name without a folder.")
             (folder / name).write_bytes(picture.file.read())
         with call.write() as session:
             report = materials.import_materials(
                 session, Path(scratch) / "table.csv", folder, request.app.state.files, partial=partial
             )
-    return ImportView.model_validate(report)
+    none = 0 < len(report.rows) == len(report.failures)
+    return ImportView.model_validate({"applied": report.applied and not none, "rows": report.rows})
 
 
 # ── scenes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -439,18 +444,53 @@ class SceneChange(Request_):
     spec: scenes.SceneSpec
 
 
-_workers = threading.BoundedSemaphore(2)
+class Desk:
+    """Where the few questions that take seconds are worked on: one of each business at once, and few altogether.
+
+    Whoever finds it taken waits for a moment only, and only a few do: they wait in the threads that answer everybody.
+    """
+
+    def __init__(self, seats: int = SEATS, waiting: int = WAITING, wait_s: float = WAIT_S) -> None:
+        self.seats, self.waiting, self.wait_s = seats, waiting, wait_s
+        self._working: set[str] = set()  # businesses
+        self._queue: list[str] = []
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, business: str) -> Iterator[None]:
+        """A seat for the block; raises UnavailableError where there is none soon."""
+        with self._changed:
+            if not self._free(business):
+                if business in self._queue or len(self._queue) >= self.waiting:
+                    raise self._busy(business)
+                self._queue.append(business)
+                try:
+                    if not self._changed.wait_for(lambda: self._free(business), timeout=self.wait_s):
+                        raise self._busy(business)
+                finally:
+                    self._queue.remove(business)
+            self._working.add(business)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._working.remove(business)
+                self._changed.notify_all()
+
+    def _free(self, business: str) -> bool:
+        return business not in self._working and len(self._working) < self.seats
+
+    def _busy(self, business: str) -> UnavailableError:
+        whose = "another question of yours" if business in self._working else "the questions of others"
+        return UnavailableError(f"The server works on {whose} about combinations just now. Try again in a moment.")
 
 
-@contextmanager
-def _at_work() -> Iterator[None]:
-    """One of the few questions about combinations, each of seconds, that are worked on at once."""
-    if not _workers.acquire(timeout=WAIT_S):
-        raise UnavailableError("The server works on other scenes' combinations just now. Try again.")
-    try:
-        yield
-    finally:
-        _workers.release()
+_desk = Desk()
+
+
+def _at_work(call: Call) -> AbstractContextManager[None]:
+    """A seat for a question that takes seconds."""
+    return _desk.take(call.caller.business or "")
 
 
 class FindingView(BaseModel):
@@ -471,7 +511,8 @@ class CombinationsView(BaseModel):
 
     legal: int
     findings: list[FindingView]
-    remarks: list[str]
+    remarks: Annotated[list[str], Field(description=f"The first {MAX_REMARKS:,}")]
+    remarks_total: int
 
 
 class DiffView(BaseModel):
@@ -519,21 +560,22 @@ def diff_scene(call: Caught, scene: str, body: scenes.SceneSpec) -> DiffView:
 @router.get(f"{SCENE}/combinations", tags=["scenes"], responses=READ)
 def combinations(call: Caught, scene: str) -> CombinationsView:
     """How many combinations are legal, what is wrong with the constraints, and what the soft checks remark."""
-    with call.read() as session:
-        found = scenes.space_of(session, scenes.get_scene(session, scene))
-    with _at_work():
+    with _at_work(call):
+        with call.read() as session:
+            found = scenes.space_of(session, scenes.get_scene(session, scene))
         legal, findings = combiner.count(found.space), combiner.diagnose(found.space)
     return CombinationsView(
         legal=legal,
         findings=[FindingView.model_validate(f) for f in findings],
-        remarks=[r.message for r in found.remarks],
+        remarks=[r.message for r in found.remarks[:MAX_REMARKS]],
+        remarks_total=len(found.remarks),
     )
 
 
 @router.get(f"{SCENE}/plan", tags=["scenes"], responses=READ)
 def plan(call: Caught, scene: str, cap: Annotated[int | None, Query(ge=2, le=review.MAX_VARIANTS)] = None) -> PlanView:
     """How many exposures, and days, it takes to learn what each tag and material does, alone and in pairs."""
-    with call.read() as session:
+    with _at_work(call), call.read() as session:
         return PlanView.of(review.plan_learning(session, scene, cap=cap))
 
 
@@ -544,7 +586,7 @@ class VariantMove(Request_):
     """The variants that take a step: those that all of this holds for."""
 
     where: Annotated[list[Text], Field(max_length=20, description="Terms, such as image.image_style=flat")] = []
-    states: list[ReviewState] = []
+    states: Annotated[list[ReviewState], Field(max_length=20)] = []
     ids: Annotated[list[Annotated[str, Field(max_length=32)]], Field(max_length=1_000)] = []
     remarked: bool | None = None
     reason: Text | None = None
@@ -553,7 +595,7 @@ class VariantMove(Request_):
 @router.post(f"{SCENE}/variants", tags=["variants"])
 def make_variants(call: Caught, scene: str) -> MadeView:
     """Bring the variants in line with the scene's materials, constraints and cap; doing it again changes nothing."""
-    with _at_work(), call.read() as session:
+    with _at_work(call), call.read() as session:
         planned = review.plan_variants(session, scene)
     with call.write() as session:
         return MadeView.model_validate(review.make_variants(session, scene, planned))
@@ -564,7 +606,7 @@ def list_variants(
     call: Caught,
     scene: str,
     where: Annotated[list[Text] | None, Query(max_length=20, description="Terms, such as copy:c7")] = None,
-    state: Annotated[list[ReviewState] | None, Query()] = None,
+    state: Annotated[list[ReviewState] | None, Query(max_length=20)] = None,
     remarked: bool | None = None,
     cursor: Cursor = None,
     limit: Limit = PAGE,
@@ -726,9 +768,14 @@ def draft_release(call: Caught, request: Request, scene: str, body: NewRelease) 
     Its model may be named `champion`, `challenger` or `generic`: what that is now is what the release holds.
     """
 
+    checked = None
+    if not call.answered():
+        with _at_work(call), call.read() as session:
+            checked = release.check_variants(session, scene)
+
     def make(session: Session) -> ReleaseView:
         plan = registry.with_versions(request.app.state.settings, session, scene, body.plan)
-        return ReleaseView.of(release.draft_release(session, scene, plan, body.note), ReleaseState.DRAFT)
+        return ReleaseView.of(release.draft_release(session, scene, plan, body.note, checked), ReleaseState.DRAFT)
 
     return call.create(make)
 
@@ -831,7 +878,7 @@ def get_experiment(
         number = release.shown_number(session, scene, release_number)
         shares = release.verify(release.get_release(session, scene, number)).shares
         business = session.business
-    with _at_work():
+    with _at_work(call):
         report = guard.compare(
             request.app.state.decider.log,
             request.app.state.log_dir,

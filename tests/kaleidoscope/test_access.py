@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import sqlalchemy as sa
 
-from kaleidoscope.access import RULE, Caller, check_user, operator
+from kaleidoscope.access import RULE, Caller, check_user, operator, person_key
 from kaleidoscope.database import Database
 from kaleidoscope.errors import ForbiddenError, InputError, NotFoundError, UnauthenticatedError
 from kaleidoscope.tables import ApiToken, now
@@ -228,6 +228,12 @@ UNLIKE_WHAT_IT_LOOKS = [
     ("anna\u3164", SEEN),  # Hangul filler, a letter to Unicode
     ("anna\ufe0f", SEEN),
     ("anna\U000e0061", SEEN),  # a tag character
+    ("anna\U0001d159", SEEN),  # a musical note without its head
+    ("anna\U00016fe4", SEEN),  # a filler
+    ("anna\ufffc", SEEN),  # stands for an object
+    ("an\u180bna", SEEN),
+    ("an\U000e0100na", SEEN),
+    ("an\U00013441na", SEEN),  # a blank among hieroglyphs
     ("an\x1bna", SEEN),
     ("an\nna", SEEN),
     ("an\u2028na", SEEN),
@@ -235,6 +241,11 @@ UNLIKE_WHAT_IT_LOOKS = [
     ("anna Рetrova", "mixes Cyrillic and Latin"),
     ("annα", "mixes Greek and Latin"),
     ("ааа\u03b1", "mixes Cyrillic and Greek"),
+    ("an\u0578a", "mixes Armenian and Latin"),
+    ("\u13aanna", "mixes Cherokee and Latin"),
+    ("ann\ua4ee", "mixes Latin and Lisu"),
+    ("bi\u3163l", "mixes East Asian and Latin"),  # a vowel of hangul
+    ("anna\u05b4", "mixes Hebrew and Latin"),  # a point below the last letter
 ]
 PLAIN = [
     "anna",
@@ -246,6 +257,14 @@ PLAIN = [
     "anna@bank.example",
     "نور",
     "王 Anna",
+    "Արմեն",
+    "佐々木 サーバー",
+    "東京タワーの中",
+    "김 철수",
+    "नमस्ते",
+    "สมชาย",
+    "Nguyễn",
+    "Oʻahu",
 ]
 
 
@@ -268,6 +287,12 @@ def test_names_in_any_one_alphabet_stay_as_they_are(sqlite: Database, name: str)
 def test_ways_to_write_a_name_that_look_alike_are_one_name(name: str) -> None:
     assert check_user(name) == "anna lee"
     assert check_user("Jose\u0301") == "José"
+
+
+@pytest.mark.parametrize("names", [("Zoe", "zoe"), ("ZOË", "zoë"), ("Straße", "STRASSE"), ("АННА", "Анна")])
+def test_a_person_is_the_same_however_the_name_is_cased(names: tuple[str, str]) -> None:
+    assert person_key(names[0]) == person_key(names[1])
+    assert person_key("Zoe") != person_key("Zoë")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from kaleidoscope.database import (
     Page,
     Session,
     add_rows,
+    change_rows,
     check_id,
     check_version,
     find,
@@ -43,6 +44,7 @@ from kaleidoscope.tables import (
     AuditEntry,
     Base,
     Business,
+    EventCount,
     IdempotencyKey,
     Intervention,
     Job,
@@ -876,3 +878,71 @@ def test_rows_added_in_bulk_are_of_the_callers_business_and_audited(database: Da
         add_rows(session, Business, [{"id": "b"}])
     with pytest.raises(ConflictError), database.transaction(ACME) as session:
         add_rows(session, Scene, rows)
+
+
+def test_rows_changed_in_bulk_are_as_the_session_would_leave_them(database: Database) -> None:
+    with database.transaction(ACME) as session:
+        session.add_all([scene(id) for id in "abcd"])
+    with database.transaction(ACME) as session:
+        a, b, c, d = session.scalars(select(Scene).order_by(Scene.id)).all()
+        a.name, a.spec = "new", {"n": 1}
+        session.flush()
+        change_rows(session, [(b, {"name": "new", "spec": {"n": 1}}), (c, {"author": "rex"}), (d, {"name": "d"})])
+        assert (b.name, b.spec, b.version, c.author, c.version, d.version) == ("new", {"n": 1}, 2, "rex", 2, 1)
+        b.name = "newer"
+        change_rows(session, [])
+    with database.transaction(ACME, write=False) as session:
+        a, b, c, d = session.scalars(select(Scene).order_by(Scene.id)).all()
+        assert [(row.name, row.version) for row in (a, b, c, d)] == [("new", 2), ("newer", 3), ("c", 2), ("d", 1)]
+        assert b.updated_at >= a.updated_at > d.updated_at
+        changed = AuditEntry.entity == "scenes", AuditEntry.action == "changed"
+        trail = session.scalars(select(AuditEntry).where(*changed).order_by(AuditEntry.seq)).all()
+        told = [(e.key, e.actor, e.business_id, e.before, e.after) for e in trail]
+        one = ("ann", "acme", {"name": "b", "spec": {}}, {"name": "new", "spec": {"n": 1}})
+        assert told[:2] == [("a", *one[:2], {"name": "a", "spec": {}}, one[3]), ("b", *one)]
+        assert told[2:] == [
+            ("c", "ann", "acme", {"author": "ann"}, {"author": "rex"}),
+            ("b", "ann", "acme", {"name": "new"}, {"name": "newer"}),
+        ]
+
+
+@pytest.mark.parametrize(
+    "change", ["UPDATE scenes SET version = 9 WHERE id = 'b'", "DELETE FROM scenes WHERE id = 'b'"]
+)
+def test_rows_that_somebody_else_changed_meanwhile_are_not_changed_in_bulk(database: Database, change: str) -> None:
+    with database.transaction(ACME) as session:
+        session.add_all([scene("a"), scene("b")])
+
+    def rename(session: Session) -> None:
+        rows = session.scalars(select(Scene).order_by(Scene.id)).all()
+        session.connection().exec_driver_sql(change)
+        change_rows(session, [(row, {"name": "new"}) for row in rows])
+
+    with pytest.raises(ConflictError), database.transaction(ACME) as session:
+        rename(session)
+    with database.transaction(ACME, write=False) as session:
+        assert set(session.scalars(select(Scene.name))) == {"a", "b"}
+
+
+def test_rows_are_changed_in_bulk_only_where_the_session_may(database: Database) -> None:
+    with database.transaction(ACME) as session:
+        session.add(scene("a"))
+    with database.transaction(ACME, write=False) as session:
+        row = session.scalars(select(Scene)).one()
+        with pytest.raises(RuntimeError, match="only reads"):
+            change_rows(session, [(row, {"name": "new"})])
+    with database.transaction(RIVAL) as session, pytest.raises(RuntimeError, match="of another business"):
+        change_rows(session, [(row, {"name": "new"})])
+    with database.transaction(ACME) as session:
+        business = session.get(Business, "acme")
+        assert business is not None
+        with pytest.raises(RuntimeError, match="belongs to a business"):
+            change_rows(session, [(business, {"name": "new"})])
+
+
+def test_a_file_that_was_deleted_under_it_is_not_written_to_in_silence(sqlite: Database) -> None:
+    with sqlite.bulk() as connection:
+        connection.execute(sa.select(EventCount.__table__.c.n)).all()
+    Path(str(sqlite.url.database)).unlink()
+    with pytest.raises(UnavailableError, match="deleted or replaced"), sqlite.bulk():
+        pass

@@ -7,6 +7,9 @@ import pytest
 
 from kaleidoscope.content import Content, Copy, Image, Layout, Placeholder, Style, parse_content
 from kaleidoscope.design_checks import (
+    CONTRAST,
+    IMAGE_RATIO,
+    TEXT_FITS,
     Ruler,
     check_variant,
     combination_failures,
@@ -15,7 +18,7 @@ from kaleidoscope.design_checks import (
     luminance,
     pair_failures,
 )
-from kaleidoscope.errors import InputError
+from kaleidoscope.errors import InputError, TooComplexError
 
 NAME = Placeholder(name="first_name", source="request", max_length=20, fallback={"en": "there"})
 
@@ -315,3 +318,69 @@ def test_slots_without_layouts_or_with_nothing_in_them_fail_nothing() -> None:
     assert pairs({}) == set()
     assert pairs({"copy": {}, "layout": {"l": layout(text())}}) == set()
     assert pairs({"copy": {"c": Copy(title="a")}, "layout": {}}) == set()
+
+
+# ── how much there is to look at ────────────────────────────────────────────────────────────────────────────────────
+
+
+def crowd(copies: int, layouts: int, **more: Any) -> dict[str, list[tuple[str, Content]]]:
+    return {
+        "copy": [(f"c{i}", Copy(title=f"Number {i}")) for i in range(copies)],
+        "layout": [(f"l{i}", layout(text(), width=100 + i)) for i in range(layouts)],
+        **more,
+    }
+
+
+def test_more_than_can_be_looked_at_is_refused_with_the_numbers_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kaleidoscope.design_checks.MOST_LOOKS", 60)
+    assert combination_failures(crowd(5, 10), [NAME]) == []
+
+    def measure(*_: object) -> None:
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr(Ruler, "lines", measure)
+    with pytest.raises(TooComplexError, match=r"10 layouts, 6 copies would have to be looked at 70 times.*Use fewer"):
+        combination_failures(crowd(6, 10), [NAME])
+
+
+def test_font_sizes_of_several_slots_multiply_what_there_is_to_look_at() -> None:
+    sizes = {f"size{n}": [(f"s{i}", style("font_size", 10 + i)) for i in range(100)] for n in range(4)}
+    with pytest.raises(TooComplexError, match="400 styles"):
+        combination_failures(crowd(1, 1, **sizes), [NAME])
+
+
+def test_colours_and_backgrounds_of_several_slots_are_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    paints = {
+        name: [(f"{name}{i}", style(name, f"#0000{i:02x}")) for i in range(50)] for name in ("color", "background")
+    }
+    monkeypatch.setattr("kaleidoscope.design_checks.MOST_LOOKS", 2_000)
+    with pytest.raises(TooComplexError, match="100 styles"):
+        combination_failures(crowd(1, 1, **paints), [NAME])
+    assert combination_failures(crowd(1, 1, **paints), [NAME], checks=[TEXT_FITS]) == []
+
+
+def test_only_the_checks_that_are_asked_for_are_made() -> None:
+    slots: dict[str, list[tuple[str, Content]]] = {
+        "copy": [("c", Copy(title="Extraordinarily"))],
+        "image": [("i", picture(10, 100))],
+        "layout": [("l", layout(text(color="#eeeeee"), {"type": "image", "show": "image"}, width=60))],
+    }
+    assert {f.check for f in combination_failures(slots)} == {TEXT_FITS, IMAGE_RATIO, CONTRAST}
+    for check in (TEXT_FITS, IMAGE_RATIO, CONTRAST):
+        assert {f.check for f in combination_failures(slots, checks=[check])} == {check}
+
+
+def test_lines_are_those_of_filling_one_after_the_other() -> None:
+    ruler, words = default_ruler(), ["The", "quick", "brown", "fox", "跳过懒狗", "jumps", "extraordinarily", "high"]
+    for width in (4.0, 7.5, 8.0, 12.25, 100.0):
+        lines, used = 1, 0.0
+        for word in words:
+            gap = ruler.width(" ") if used else 0.0
+            for token in ruler.words(word):
+                if used + gap + ruler.width(token) > width:
+                    lines, used, gap = lines + 1, 0.0, 0.0
+                used, gap = used + gap + ruler.width(token), 0.0
+        wide = any(ruler.width(token) > width for token in ruler.words(" ".join(words)))
+        assert ruler.lines(" ".join(words), width) == (None if wide else lines)

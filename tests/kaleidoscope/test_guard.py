@@ -57,7 +57,7 @@ from kaleidoscope.release import (
     rollback,
     start,
 )
-from kaleidoscope.review import VariantFilter, make_variants, move_variants
+from kaleidoscope.review import VariantFilter, make_variants, move_materials, move_variants
 from kaleidoscope.serving.decider import Metrics
 from kaleidoscope.vocabulary import Bucket
 from tests.kaleidoscope.conftest import add_businesses
@@ -363,6 +363,18 @@ def test_a_metric_that_nobody_can_measure_is_named(world: World) -> None:
     world.canary(Guardrail(metric="happiness", min=1))
     action = world.guard()
     assert action.step == Step.WAIT and action.reason.startswith("happiness is nothing that the guard can measure")
+
+
+def test_a_candidate_that_shows_something_rejected_meanwhile_goes_no_further(world: World) -> None:
+    world.canary(*RAILS)
+    began = world.clock.at
+    world.visit(range(2500), same)
+    with world.database.transaction(person("rex")) as session:
+        assert move_materials(session, "reject", ["c1"], reason="illegal claim").moved == 1
+    world.clock.at = began + HOUR
+    action = world.guard()
+    assert (action.step, world.standing[1]) == (Step.WAIT, 2)
+    assert "material c1" in action.reason and "roll it back" in action.reason
 
 
 def test_without_guardrails_somebody_has_to_advance_it(world: World) -> None:
@@ -692,4 +704,4 @@ def test_a_scene_that_shows_nothing_has_no_experiment(
         monkeypatch.setenv(f"KALEIDOSCOPE_{name}", str(young.database.url))
     code, out, _ = run(capsys, f"experiment show {SCENE} --business acme --json")
     error = json.loads(out)["error"]
-    assert (code, error["code"]) == (2, "not_found") and "--release NUMBER" in error["message"]
+    assert (code, error["code"]) == (2, "not_found") and "name an earlier release" in error["message"]

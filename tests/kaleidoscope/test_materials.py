@@ -651,7 +651,7 @@ def test_a_row_that_is_not_utf8_is_reported(sqlite: Database, folder: Folder) ->
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "lacks the column id and kind"),
+        (b"", "lacks the columns id and kind"),
         (b"id,title\na,b\n", "lacks the column kind"),
         (b"id,kind,titel\n", "no column 'titel'. Did you mean title?"),
         (b"id,kind,id\n", "column id is there twice"),

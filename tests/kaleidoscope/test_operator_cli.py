@@ -269,6 +269,9 @@ def test_a_wrong_folder_is_said_and_gets_no_database(
     for line in ("business list", "material show c1", "material submit --all", "token list --installation"):
         message = shell.fails("not_found", line)
         assert str(elsewhere / "kaleidoscope.db") in message and "right folder" in message
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["worker", "--once"])
+    assert (stop.value.code, "right folder" in shell.capsys.readouterr().err) == (2, True)
     assert list(elsewhere.iterdir()) == []
     made = shell("business create acme")
     assert (made.code, made.err) == (0, f"Made the database {elsewhere / 'kaleidoscope.db'}.\n")
@@ -1191,3 +1194,8 @@ def test_a_failed_command_changes_nothing(library: Shell) -> None:
     before = library.json("material list --limit 100")
     library.fails("not_found", "material submit en-yield nothing")
     assert library.json("material list --limit 100") == before
+
+
+def test_the_trail_of_a_table_that_leaves_none_is_refused_with_those_there_are(acme: Shell) -> None:
+    assert "businesses, interventions, ledger, materials" in acme.fails("bad_input", "audit --entity nope")
+    assert acme.json("audit --entity businesses")["items"]

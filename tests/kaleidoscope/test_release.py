@@ -21,6 +21,7 @@ from sqlalchemy import event, func, select
 
 from kaleidoscope.access import Caller, operator
 from kaleidoscope.businesses import change_business
+from kaleidoscope.combiner import variant_id
 from kaleidoscope.content import DEFAULT_PLACEHOLDERS, Copy
 from kaleidoscope.database import Database, Session
 from kaleidoscope.errors import ConflictError, ForbiddenError, InputError, JobError, NotFoundError
@@ -41,6 +42,7 @@ from kaleidoscope.release import (
     Shares,
     advance,
     canonical,
+    check_variants,
     describe,
     diff,
     draft_release,
@@ -107,6 +109,34 @@ def test_what_the_scene_has_come_to_forbid_is_not_released_though_it_was_approve
     with database.transaction(person("ann")) as session:
         make_variants(session, SCENE)
     assert len(do(database, lambda s: draft_release(s, SCENE, PLAN)).content["variants"]) == 12
+
+
+def test_what_was_checked_before_is_not_worked_out_again_while_others_wait(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    approved_scene(sqlite)
+    with sqlite.transaction(PUBLISHER, write=False) as session:
+        checked = check_variants(session, SCENE)
+
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("it was worked out under the lock")
+
+    monkeypatch.setattr("kaleidoscope.release.space_of", work)
+    assert len(do(sqlite, lambda s: draft_release(s, SCENE, PLAN, "", checked)).content["variants"]) == 16
+    with pytest.raises(AssertionError):
+        do(sqlite, lambda s: draft_release(s, SCENE, PLAN))
+    with sqlite.transaction(person("ann")) as session:
+        change_scene(session, SCENE, spec(constraints=["forbid copy:c1"]), version=None)
+    with pytest.raises(ConflictError, match="changed meanwhile"):
+        do(sqlite, lambda s: draft_release(s, SCENE, PLAN, "", checked))
+
+
+def test_a_release_is_drafted_without_what_soft_checks_would_remark(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    approved_scene(sqlite)
+    monkeypatch.setattr("kaleidoscope.design_checks.MOST_LOOKS", 0)
+    assert do(sqlite, lambda s: draft_release(s, SCENE, PLAN)).number == 1
 
 
 def test_a_rule_about_a_tag_that_is_gone_is_not_released_as_if_it_did_something(sqlite: Database) -> None:
@@ -274,7 +304,7 @@ def test_approval_that_lapsed_is_counted(sqlite: Database) -> None:
         for material in session.scalars(select(Material).where(Material.kind == "layout")):
             material.content_hash = "0" * 64  # behind the back of the review
         session.flush()
-        with pytest.raises(ConflictError, match="16 of 16 were approved, but their materials have changed"):
+        with pytest.raises(ConflictError, match="16 of 16 were approved, but their materials, or what fills"):
             draft_release(session, SCENE, PLAN)
 
 
@@ -415,11 +445,87 @@ def test_a_draft_with_something_rejected_since_is_not_started(sqlite: Database) 
     do(sqlite, lambda s: start(s, SCENE, 3))
 
 
+def variant_of(database: Database, **materials: str) -> VariantFilter:
+    return VariantFilter(ids=(variant_id({"copy": "c2", "image": "i2", "layout": "l1", **materials}),))
+
+
+def test_a_rejection_is_not_undone_by_submitting_again(database: Database) -> None:
+    drafted(database)
+    one = variant_of(database)
+    do(database, lambda s: move_variants(s, SCENE, "reject", one, reason="untrue"), person("rex"))
+    do(database, lambda s: move_variants(s, SCENE, "submit", one), person("ann"))
+    with pytest.raises(ConflictError, match=f"rejected or retired since: variant {one.ids[0]}. Draft a new one"):
+        do(database, lambda s: start(s, SCENE, 1))
+    do(database, lambda s: move_variants(s, SCENE, "approve", one), person("rex"))
+    assert do(database, lambda s: start(s, SCENE, 1)).candidate == 1
+
+
+def test_a_canary_with_something_rejected_is_rolled_back_and_not_advanced(database: Database) -> None:
+    drafted(database, WATCHED)
+    do(database, lambda s: start(s, SCENE, 1))
+    do(database, lambda s: move_materials(s, "reject", ["c3"], reason="untrue"), person("rex"))
+    do(database, lambda s: move_materials(s, "submit", ["c3"]), person("ann"))
+
+    def healthy() -> Health:
+        return Health.judge(RAILS, {"click_rate": 1, "errors": 0}, now())
+
+    with pytest.raises(ConflictError, match=r"Release 1 holds .* material c3\. Roll it back") as caught:
+        do(database, lambda s: advance(s, SCENE, health=healthy(), rollback_if_unhealthy=True))
+    assert caught.value.details is not None and caught.value.details["current"]["candidate"] == 1
+    do(database, lambda s: move_materials(s, "approve", ["c3"]), person("rex"))
+    assert do(database, lambda s: advance(s, SCENE, health=healthy())).share == 0.05
+    do(database, lambda s: move_materials(s, "retire", ["c3"]), person("ann"))
+    bad = Health.judge(RAILS, {"click_rate": 1, "errors": 9}, now())
+    assert do(database, lambda s: advance(s, SCENE, health=bad, rollback_if_unhealthy=True)).action == "roll_back"
+
+
+def test_what_was_rejected_is_approved_again_only_as_the_release_holds_it(sqlite: Database) -> None:
+    drafted(sqlite)
+    do(sqlite, lambda s: move_materials(s, "reject", ["c3"], reason="untrue"), person("rex"))
+    with sqlite.transaction(person("ann")) as session:
+        change_material(session, "c3", content=Copy(title="True"), version=None)
+        move_materials(session, "submit", ["c3"])
+    do(sqlite, lambda s: move_materials(s, "approve", ["c3"]), person("rex"))
+    with pytest.raises(ConflictError, match="material c3"):
+        do(sqlite, lambda s: start(s, SCENE, 1))
+
+
+def test_a_product_value_that_was_rejected_does_not_go_live_when_another_is_approved(sqlite: Database) -> None:
+    stocked(sqlite, product={"yield": "99 %"})
+    with sqlite.transaction(person("ann")) as session:
+        change_business(session, version=None, placeholders=DEFAULT_PLACEHOLDERS)
+        change_material(session, "c2", content=Copy(title="Earn {yield}"), version=None)
+        make_variants(session, SCENE)
+    ids = ["c1", "c2", "c3", "i1", "i2", "i3", "l1", "l2"]
+    one = variant_of(sqlite)
+
+    def approve(wanted: VariantFilter) -> None:
+        do(sqlite, lambda s: move_variants(s, SCENE, "submit", wanted), person("ann"))
+        assert do(sqlite, lambda s: move_variants(s, SCENE, "approve", wanted), person("rex")).moved
+
+    do(sqlite, lambda s: (move_materials(s, "submit", ids), move_materials(s, "approve", ids)), person("rex"))
+    approve(VariantFilter())
+    do(sqlite, lambda s: draft_release(s, SCENE, PLAN))
+    do(sqlite, lambda s: move_variants(s, SCENE, "reject", one, reason="nobody pays 99 %"), person("rex"))
+    do(sqlite, lambda s: change_scene(s, SCENE, spec(product={"yield": "3 %"}), version=None), person("ann"))
+    approve(VariantFilter(("copy:c2",)))
+    with pytest.raises(ConflictError, match=f"variant {one.ids[0]}"):
+        do(sqlite, lambda s: start(s, SCENE, 1))
+
+
+def test_a_draft_of_what_was_edited_since_is_started(sqlite: Database) -> None:
+    drafted(sqlite)
+    with sqlite.transaction(person("ann")) as session:
+        change_material(session, "c3", content=Copy(title="Another"), version=None)
+        change_scene(session, SCENE, spec(product={"yield": "3 %"}), version=None)
+    assert do(sqlite, lambda s: start(s, SCENE, 1)).candidate == 1
+
+
 def test_two_people_publish_where_the_business_wants_it(sqlite: Database) -> None:
     approved_scene(sqlite)
     do(sqlite, lambda s: change_business(s, version=None, two_person_publish=True), person("root"))
     do(sqlite, lambda s: draft_release(s, SCENE, PLAN), PUBLISHER)
-    for author in (PUBLISHER, person("pat")):
+    for author in (PUBLISHER, person("pat"), person("Pat", Role.PUBLISHER)):
         with pytest.raises(ForbiddenError, match="two people"):
             do(sqlite, lambda s: start(s, SCENE, 1), author)
     do(sqlite, lambda s: start(s, SCENE, 1), person("pia", Role.PUBLISHER))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from sqlalchemy import select
 
@@ -281,6 +283,168 @@ def test_a_placeholder_that_copies_hold_is_part_of_what_was_approved(
     assert drafts(database) == ({("c2", f"placeholder {name} changed", "bob")} if reopens else set())
 
 
+OWN = "your own: somebody else has to review it"
+PRODUCT = {"yield": 3.85, "price": "9.99"}
+
+
+def valued(database: Database, **changes: object) -> None:
+    """The scene with approved materials and 16 drafts, of which 6 show {yield} and 4 {price}."""
+    stocked(database, product=PRODUCT, **changes)
+    with database.transaction(ANN) as session:
+        change_business(session, version=None, placeholders=DEFAULT_PLACEHOLDERS)
+        change_material(session, "c2", content=Copy(title="{first_name}, earn {yield}"), version=None)
+        change_material(session, "c1", content=Copy(title="Now {price}"), version=None)
+    with database.transaction(REX) as session:
+        approve_library(session)
+    with database.transaction(ANN) as session:
+        make_variants(session, "welcome")
+
+
+def price(database: Database, user: str, **product: object) -> None:
+    with database.transaction(person(user)) as session:
+        change_scene(session, "welcome", spec(product={**PRODUCT, **product}), version=None)
+
+
+def reviewed(database: Database, user: str) -> tuple[int, dict[str, int]]:
+    """Submit everything, and have somebody approve what they can: how many that were, and why not the others."""
+    with database.transaction(person("sue")) as session:
+        move_variants(session, "welcome", "submit")
+    with database.transaction(person(user)) as session:
+        moved = move_variants(session, "welcome", "approve", VariantFilter(states=(ReviewState.IN_REVIEW,)))
+    return moved.moved, dict(moved.skipped)
+
+
+def test_nobody_approves_a_product_value_they_changed_while_it_was_a_draft(database: Database) -> None:
+    valued(database)
+    price(database, "bob", **{"yield": "99 %"})
+    assert reviewed(database, "Bob") == (10, {OWN: 6})
+    assert reviewed(database, "rex") == (6, {})
+
+
+def test_a_later_change_by_somebody_else_leaves_ones_own_ones_own(database: Database) -> None:
+    valued(database)
+    price(database, "bob", **{"yield": "99 %"})
+    assert reviewed(database, "bob") == (10, {OWN: 6})
+    price(database, "kim", **{"yield": "99.0 %"})  # the author of the variants is kim now
+    assert reviewed(database, "bob") == (0, {OWN: 6})
+    assert reviewed(database, "kim") == (0, {OWN: 6})
+    assert reviewed(database, "rex") == (6, {})
+    price(database, "kim", **{"yield": "3 %"})
+    assert reviewed(database, "bob") == (6, {})  # what bob set was approved by rex
+
+
+def test_whoever_made_the_variants_does_not_approve_them_when_their_author_is_somebody_else(database: Database) -> None:
+    valued(database)
+    with database.transaction(ANN) as session:
+        move_variants(session, "welcome", "submit")
+    price(database, "kim", **{"yield": "3 %", "price": "5"})
+    with database.transaction(ANN, write=False) as session:
+        assert {(v.materials["copy"], v.author) for v in find_variants(session, "welcome").items} == {
+            ("c1", "kim"),
+            ("c2", "kim"),
+            ("c3", "ann"),
+        }
+    assert reviewed(database, "ann") == (0, {OWN: 16})
+
+
+def test_whoever_sets_a_fallback_does_not_approve_what_may_show_it(database: Database) -> None:
+    valued(database)
+    changed = [
+        p.model_copy(update={"fallback": {"en": "sure"}}) if p.name == "yield" else p for p in DEFAULT_PLACEHOLDERS
+    ]
+    with database.transaction(person("ada")) as session:
+        change_business(session, version=None, placeholders=changed)
+    assert reviewed(database, "ada") == (10, {OWN: 6})
+
+
+def test_a_value_is_its_authors_when_somebody_else_brings_it_to_light(sqlite: Database) -> None:
+    valued(sqlite)
+    price(sqlite, "bob", first_name="You won")  # which the request says, so nobody sees it
+    assert reviewed(sqlite, "rex") == (16, {})
+    changed = [
+        p.model_copy(update={"source": "product"}) if p.name == "first_name" else p for p in DEFAULT_PLACEHOLDERS
+    ]
+    with sqlite.transaction(person("ada")) as session:
+        change_business(session, version=None, placeholders=changed)
+    assert reviewed(sqlite, "bob") == (0, {OWN: 6})
+    assert reviewed(sqlite, "ada") == (0, {OWN: 6})
+    assert reviewed(sqlite, "rex") == (6, {})
+
+
+def test_a_name_in_another_case_is_the_same_person(sqlite: Database) -> None:
+    stocked(sqlite)
+    with sqlite.transaction(person("Zoe")) as session:
+        change_material(session, "c1", content=Copy(title="Written by Zoe"), version=None)
+    with sqlite.transaction(person("bob")) as session:
+        change_material(session, "c1", tags=[], version=None)
+        move_materials(session, "submit", ["c1", "c2"])
+    with sqlite.transaction(person("zoe")) as session:
+        assert move_materials(session, "approve", ["c1", "c2"]).skipped == {OWN: 1}
+    with sqlite.transaction(person("Ann")) as session:
+        make_variants(session, "welcome")
+    with sqlite.transaction(person("ann")) as session:
+        move_variants(session, "welcome", "submit")
+        assert move_variants(session, "welcome", "approve").skipped == {OWN: 18}
+
+
+def by_rule(database: Database, user: str = "ann") -> int:
+    with database.transaction(person(user)) as session:
+        return make_variants(session, "welcome").approved
+
+
+def switch(database: Database, user: str, on: bool, **product: object) -> None:
+    with database.transaction(person(user)) as session:
+        changed = spec(product={**PRODUCT, **product}, approve_automatically=on)
+        change_scene(session, "welcome", changed, version=None)
+
+
+def test_the_rule_never_approves_what_a_person_rejected(database: Database) -> None:
+    valued(database)
+    rejected = VariantFilter(("copy:c3 with layout:l1",))
+    with database.transaction(REX) as session:
+        move_variants(session, "welcome", "submit")
+        assert move_variants(session, "welcome", "reject", rejected, reason="no").moved == 3
+    switch(database, "kim", on=True)
+    with database.transaction(ANN) as session:
+        assert move_variants(session, "welcome", "submit", rejected).moved == 3
+    assert by_rule(database) == 13
+    with database.transaction(REX) as session:
+        assert move_variants(session, "welcome", "approve", rejected).moved == 3
+    with database.transaction(ANN) as session:  # and c3 falls back to draft
+        change_material(session, "c3", content=Copy(title="Another"), version=None)
+        move_materials(session, "submit", ["c3"])
+    with database.transaction(REX) as session:
+        move_materials(session, "approve", ["c3"])
+        assert count_variants(session, "welcome") == {"approved": 16}
+
+
+def test_the_rule_never_approves_a_value_that_was_changed_after_it_was_switched_on(database: Database) -> None:
+    valued(database)
+    switch(database, "kim", on=True)
+    assert by_rule(database) == 16
+    switch(database, "bob", on=True, **{"yield": "99 %"})
+    assert by_rule(database, "bob") == 0
+    assert reviewed(database, "rex") == (6, {})
+    with database.transaction(ANN) as session:  # the values are those that rex approved
+        change_material(session, "c2", content=Copy(title="Earn {yield}"), version=None)
+        move_materials(session, "submit", ["c2"])
+    with database.transaction(REX) as session:
+        move_materials(session, "approve", ["c2"])
+        assert count_variants(session, "welcome") == {"approved": 16}
+
+
+def test_nobody_has_the_rule_approve_values_of_their_own(database: Database) -> None:
+    valued(database)
+    switch(database, "bob", on=True, **{"yield": "99 %"})
+    assert by_rule(database, "bob") == 10
+    switch(database, "bob", on=False, **{"yield": "99 %"})
+    switch(database, "bob", on=True, **{"yield": "99 %"})
+    assert by_rule(database, "bob") == 0
+    switch(database, "bob", on=False, **{"yield": "99 %"})
+    switch(database, "kim", on=True, **{"yield": "99 %"})
+    assert by_rule(database, "bob") == 6
+
+
 def test_what_was_changed_past_the_services_is_not_what_was_approved(sqlite: Database) -> None:
     filled(sqlite)
     with sqlite.transaction(ANN) as session:
@@ -403,3 +567,23 @@ def test_making_variants_says_what_is_odd_about_the_constraints(database: Databa
     stocked(database, constraints=["forbid copy.benefit=lottery"])
     with database.transaction(ANN) as session:
         assert any("rules out no combination" in warning for warning in make_variants(session, "welcome").warnings)
+
+
+def test_a_filter_that_no_statement_can_hold_is_refused_with_what_to_do(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    valued(sqlite)
+    with sqlite.transaction(ANN, write=False) as session:
+        same = VariantFilter((" with ".join(["copy:c3"] * 100),) * 20)
+        assert {v.materials["copy"] for v in find_variants(session, "welcome", same).items} == {"c3"}
+        images, layouts = ("i1", "i2", "i3"), ("l1", "l2")
+        terms = [f"image:{'|'.join(i)}" for n in (1, 2, 3) for i in itertools.permutations(images, n)]
+        many = VariantFilter(tuple(f"{a} with layout:{b}" for a in terms for b in layouts))
+        monkeypatch.setattr("kaleidoscope.review.MAX_TERMS", 8)
+        with pytest.raises(InputError, match=r"where: 9 terms, which 14 materials in slots carry.*Leave terms out"):
+            find_variants(session, "welcome", many)
+        monkeypatch.setattr("kaleidoscope.review.MAX_NAMED", 2)
+        with pytest.raises(InputError, match="1 terms, which 3 materials"):
+            find_variants(session, "welcome", VariantFilter(("image_style=*",)))
+        with pytest.raises(InputError, match="3 variants are named"):
+            find_variants(session, "welcome", VariantFilter(ids=("a", "b", "c")))

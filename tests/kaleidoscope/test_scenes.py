@@ -8,7 +8,7 @@ import pytest
 
 from kaleidoscope.combiner import count
 from kaleidoscope.database import Database
-from kaleidoscope.errors import ConflictError, ForbiddenError, InputError, NotFoundError
+from kaleidoscope.errors import ConflictError, ForbiddenError, InputError, JobError, NotFoundError
 from kaleidoscope.scenes import (
     apply_scene,
     change_scene,
@@ -233,3 +233,85 @@ def test_a_broken_file_is_refused_by_name(tmp_path: Path, text: str, message: st
     file.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=message):
         read_scene(file)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (float("inf"), "inf is no number"),
+        (float("-inf"), "-inf is no number"),
+        (float("nan"), "nan is no number"),
+        (2**63, "beyond 64 bits"),
+        (-(2**63) - 1, "beyond 64 bits"),
+        (10**4000, "beyond 64 bits"),
+    ],
+)
+def test_a_product_value_is_a_number_that_can_be_kept(value: float, says: str) -> None:
+    with pytest.raises(InputError, match=rf"scene\.product\.yield: .*{says}.*give a .*or text"):
+        spec(product={"yield": value})
+
+
+def test_product_values_up_to_64_bits_stay_as_they_are(sqlite: Database) -> None:
+    product = {"most": 2**63 - 1, "least": -(2**63), "rate": 1e308, "text": "3.85 %"}
+    assert stocked(sqlite, product=product).spec["product"] == product
+
+
+def test_a_new_scene_differs_by_what_its_file_says(sqlite: Database) -> None:
+    stocked(sqlite)
+    slot = {"name": "copy", "kind": "copy", "materials": ["c1"]}
+    bare = parse_scene({"name": "Bare", "slots": [slot]})
+    full = {"product": {"yield": 1}, "attribution": {"click_hours": 2}, "cap": 4, "constraints": ["forbid copy:c1"]}
+    with sqlite.transaction(person("ann")) as session:
+        assert diff_scene(session, "new", bare).lines == ("+ name: Bare", "+ slot copy (copy): c1")
+        assert diff_scene(session, "new", parse_scene({"name": "Full", "slots": [slot], **full})).lines == (
+            "+ name: Full",
+            "+ product.yield: 1",
+            "+ slot copy (copy): c1",
+            "+ constraints: forbid copy:c1",
+            "+ cap: 4",
+            "+ attribution.click_hours: 2.0",
+        )
+
+
+def test_a_field_that_is_newer_than_a_scene_is_no_difference(sqlite: Database) -> None:
+    scene = stocked(sqlite)
+    newer = ("context", "attribution", "fatigue_hours", "approve_automatically")
+    with sqlite.transaction(person("ann")) as session:
+        stored = session.get_one(type(scene), ("acme", "welcome"))
+        stored.spec = {key: value for key, value in stored.spec.items() if key not in newer}
+        session.flush()
+        assert diff_scene(session, "welcome", spec()).lines == ()
+        assert diff_scene(session, "welcome", spec(context=["page"])).lines == ("+ context: page",)
+
+
+def test_only_a_reviewer_lets_the_rule_approve(sqlite: Database) -> None:
+    stocked(sqlite)
+    editor, both = person("ed", Role.EDITOR), person("bea", Role.EDITOR, Role.REVIEWER)
+    with sqlite.transaction(editor) as session:
+        for write in (
+            lambda: create_scene(session, "other", spec(approve_automatically=True)),
+            lambda: change_scene(session, "welcome", spec(approve_automatically=True), version=None),
+            lambda: apply_scene(session, "welcome", spec(approve_automatically=True)),
+        ):
+            with pytest.raises(ForbiddenError, match=r"approve_automatically: ed may not switch this on.* reviewer"):
+                write()
+    with sqlite.transaction(both) as session:
+        change_scene(session, "welcome", spec(approve_automatically=True), version=None)
+    with sqlite.transaction(editor) as session:
+        loose = spec(approve_automatically=True, checks={"text_fits": "off"})
+        with pytest.raises(ForbiddenError, match="checks: ed may not change them while approve_automatically is on"):
+            change_scene(session, "welcome", loose, version=None)
+        change_scene(session, "welcome", spec(approve_automatically=True, name="Hello"), version=None)
+        change_scene(session, "welcome", spec(checks={"text_fits": "off"}), version=None)
+
+
+def test_a_scene_that_was_stored_with_what_no_spec_holds_is_named_and_can_be_replaced(sqlite: Database) -> None:
+    scene = stocked(sqlite)
+    with sqlite.transaction(person("ann")) as session:
+        stored = session.get_one(type(scene), ("acme", "welcome"))
+        stored.spec = {**stored.spec, "product": {"yield": 2**70}}
+        session.flush()
+        with pytest.raises(JobError, match=r"Scene 'welcome'\.product\.yield: .*beyond 64 bits.*Replace its spec"):
+            spec_of(stored)
+        assert len(apply_scene(session, "welcome", spec(product={"yield": 3})).lines) == 1
+        assert spec_of(stored).product == {"yield": 3}

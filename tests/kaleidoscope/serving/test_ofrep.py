@@ -26,6 +26,7 @@ from openfeature.flag_evaluation import Reason
 from kaleidoscope.database import Database
 from kaleidoscope.release import ReleasePlan, Shares
 from kaleidoscope.serving.decider import Pace
+from kaleidoscope.serving.http import MAX_JSON
 from kaleidoscope.vocabulary import Role
 from tests.kaleidoscope.people import person
 from tests.kaleidoscope.serving.conftest import Client, release_next
@@ -99,6 +100,18 @@ def test_a_bad_request_is_told_with_the_protocols_code(
         answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
         assert (answer.status_code, answer.json()["errorCode"]) == (400, code)
         assert set(answer.json()) == keys
+
+
+def test_whatever_goes_wrong_is_told_in_the_protocols_shape(released: FastAPI, client_of: Client) -> None:
+    client = client_of("page", Role.CLIENT)
+    for answer, status in (
+        (client.get(f"{FLAGS}/welcome"), 405),
+        (client.post("/ofrep/v2/evaluate"), 404),
+        (client.post(FLAGS, content=b" " * (MAX_JSON + 1)), 413),
+        (client.post("/v1/events", content=b" " * (MAX_JSON + 1)), 413),
+    ):
+        assert answer.status_code == status
+        assert set(answer.json()) == ({"error"} if "/v1/events" in str(answer.url) else {"errorDetails"})
 
 
 def test_what_is_not_live_is_not_found(released: FastAPI, client_of: Client) -> None:

@@ -1,0 +1,131 @@
+"""A log as codes: segments, tags that vary, weights, and the logs that are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from attribution.coding import MAX_WEIGHT, UserField, code
+from kaleidoscope.errors import LogError
+from tests.attribution.logs import TAGS, log_of
+
+
+def labels(field: UserField) -> list[str]:
+    return [segment.label for segment in field.segments]
+
+
+def test_numbers_are_segments_of_halves_quarters_and_eighths() -> None:
+    column = pa.array(np.arange(800.0))
+    field = UserField.fit("age", column, np.ones(800))
+    assert len(field.segments) == 2 + 4 + 8
+    assert labels(field)[:2] == ["[-inf, 400)", "[400, inf)"]
+    shown = field.codes(pa.array([0.0, 399.0, 400.0, None, np.nan]))
+    member = field.membership[:2, shown]
+    assert member.tolist() == [[1, 1, 0, 0, 0], [0, 0, 1, 0, 0]]
+
+
+def test_few_different_numbers_are_bins_of_their_own_and_missing_is_a_segment() -> None:
+    field = UserField.fit("newbie", pa.array([0, 1, 1, None]), np.ones(4))
+    assert labels(field) == ["[-inf, 1)", "[1, inf)", "missing"]
+
+
+def test_rare_texts_count_but_are_no_segments() -> None:
+    column = pa.array(["a"] * 3000 + ["b"] * 2999 + ["rare"]).dictionary_encode()
+    field = UserField.fit("city", column, np.ones(6000))
+    assert labels(field) == ["a", "b"]
+    assert field.labels[field.codes(column)[-1]] == "others"
+    new = field.codes(pa.array(["b", "never seen", None]).dictionary_encode())
+    assert [field.labels[i] for i in new] == ["b", "others", "missing"]
+
+
+def test_a_field_of_one_value_has_no_segments() -> None:
+    column = pa.array(["a"] * 10).dictionary_encode()
+    assert labels(UserField.fit("x", column, np.ones(10))) == []
+    assert labels(UserField.fit("x", pa.array([1.0] * 10), np.ones(10))) == []
+
+
+def test_tags_that_never_vary_apart_are_one_and_constant_ones_none() -> None:
+    variants = {
+        "tone": [["calm"], ["loud"], ["loud"]], "style": [["flat"], ["real"], ["real"]],
+        "icons": [["star", "sun"], ["star", "sun"], ["star"]], "brand": [["x"]] * 3,
+    }  # fmt: skip
+    coded = code(log_of({}, variants, np.arange(30) % 3, np.arange(30) % 2))
+    assert [tag.names for tag in coded.tags] == [
+        {"tone": "calm", "style": "flat"}, {"tone": "loud", "style": "real"}, {"icons": "sun"},
+    ]  # fmt: skip
+    assert coded.carried.toarray().tolist() == [[1, 0, 1], [0, 1, 1], [0, 1, 0]]
+
+
+def test_tags_of_variants_that_were_not_shown_say_nothing() -> None:
+    variants = {"tone": [["calm"], ["loud"], ["shy"]], "style": [["flat"], ["real"], ["flat"]]}
+    coded = code(log_of({}, variants, np.arange(30) % 2, np.arange(30) % 3 > 0))
+    assert [tag.names for tag in coded.tags] == [
+        {"tone": "calm", "style": "flat"}, {"tone": "loud", "style": "real"},
+    ]  # fmt: skip
+
+
+def test_strata_are_context_group_and_product() -> None:
+    row = np.arange(120)
+    log = log_of(
+        {}, TAGS, row % 6, row % 2, context={"hour": [("am", "pm")[r % 2] for r in row]},
+        group=[f"test{r % 3}" for r in row], product=["p"] * 60 + ["q"] * 60,
+    )  # fmt: skip
+    coded = code(log)
+    assert len(coded.strata) == 12 == len(set(coded.strata))
+    first = coded.strata[coded.stratum[0]]
+    assert first == "test0 / hour=am / p"
+
+
+def shown_by_taste(n: int = 20_000, epsilon: float = 0.1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Who is a woman, the variant shown (of 6; 2 to women and 0 to men, but for epsilon), and its propensity."""
+    rng = np.random.default_rng(0)
+    woman = rng.random(n) < 0.5
+    best = np.where(woman, 2, 0)
+    variant = np.where(rng.random(n) < epsilon, rng.integers(0, 6, n), best)
+    return woman, variant, epsilon / 6 + (1 - epsilon) * (variant == best)
+
+
+def test_weights_undo_what_exposure_knew_of_the_user_within_a_stratum() -> None:
+    woman, variant, p = shown_by_taste(epsilon=0.3)
+    gender = np.where(woman, "f", "m").tolist()
+    coded = code(log_of({"gender": gender}, TAGS, variant, np.arange(len(p)) % 2, propensity=p))
+    assert coded.weighted
+    assert coded.weight.mean() == pytest.approx(1)
+    shares = [np.bincount(variant, coded.weight * who, 6) / (coded.weight * who).sum() for who in (woman, ~woman)]
+    assert shares[0] == pytest.approx(shares[1], abs=0.03)
+    assert abs(woman[variant == 2].mean() - woman[variant == 0].mean()) > 0.6  # as they were shown
+
+
+def test_weights_are_clipped_and_the_share_is_told() -> None:
+    woman, variant, p = shown_by_taste(epsilon=0.03)
+    coded = code(log_of({"gender": np.where(woman, "f", "m").tolist()}, TAGS, variant, woman, propensity=p))
+    assert coded.weight.max() / coded.weight.min() <= MAX_WEIGHT / 0.4
+    assert 0 < coded.clipped < 0.02
+
+
+def test_constant_propensities_leave_every_exposure_as_it_is() -> None:
+    row = np.arange(600)
+    coded = code(log_of({}, TAGS, row % 6, row % 2, propensity=np.full(600, 1 / 6)))
+    assert not coded.weighted
+    assert (coded.weight == 1).all()
+
+
+def test_a_log_whose_exposure_knew_the_user_without_propensities_is_refused() -> None:
+    woman, variant, _ = shown_by_taste(4_000)
+    log = log_of({"gender": np.where(woman, "f", "m").tolist()}, TAGS, variant, woman)
+    with pytest.raises(LogError, match=r"no propensities.*Log P"):
+        code(log)
+    with pytest.raises(LogError, match="no propensities"):
+        code(log, dependent=True)
+
+
+def test_a_log_without_a_floor_under_its_propensities_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    woman = rng.random(4_000) < 0.5
+    variant = np.where(rng.random(4_000) < 0.05, 4 - woman, np.where(woman, 2, 0))  # two variants each, of 4
+    p = np.where(variant == np.where(woman, 2, 0), 0.95, 0.05)
+    several = np.where(rng.random(4_000) < 0.02, rng.integers(0, 6, 4_000), variant)
+    log = log_of({"gender": np.where(woman, "f", "m").tolist()}, TAGS, several, woman, propensity=p)
+    with pytest.raises(LogError, match=r"no floor.*epsilon"):
+        code(log)
