@@ -212,6 +212,7 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to answer at; 0.0.0.0 for every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65_535, help="Port to answer at.")] = 8000,
     workers: Annotated[int, typer.Option("--workers", min=1, max=64, help="Processes that answer.")] = 1,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Write a line for every request to stderr.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer decisions, events (/ofrep/v1, /v1) and the operators' API (/api/v1), until it is stopped with Ctrl-C."""
@@ -225,7 +226,7 @@ def serve(
     if as_json:
         _print_json({"url": url})
         sys.stdout.flush()
-    answer(application if workers == 1 else WORKER, host, port, workers=workers)
+    answer(application if workers == 1 else WORKER, host, port, workers=workers, access_log=access_log)
 
 
 mount(app)

@@ -40,6 +40,8 @@ BUSY_TIMEOUT_S = 10.0
 PAGE = 50
 MAX_PAGE = 500
 MAX_CURSOR = 1000  # characters
+# A PostgreSQL that dies without a word is noticed within seconds rather than hours.
+ALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 15_000}
 MIGRATION_LOCK = 0x6B616C65  # of PostgreSQL's advisory locks, this one is ours
 
 ONE_BY_ONE = "change rows one by one through the session, not by a statement: each is checked and audited"
@@ -96,7 +98,7 @@ class Database:
         self.sqlite = parsed.get_backend_name() == "sqlite"
         if self.sqlite and parsed.database in (None, "", ":memory:"):
             raise InputError("KALEIDOSCOPE_DATABASE_URL: an SQLite database needs a file: sqlite:///kaleidoscope.db")
-        connect = {"timeout": BUSY_TIMEOUT_S} if self.sqlite else {"connect_timeout": 10}
+        connect: dict[str, Any] = {"timeout": BUSY_TIMEOUT_S} if self.sqlite else {"connect_timeout": 10, **ALIVE}
         try:
             self.engine = sa.create_engine(parsed, connect_args=connect, pool_pre_ping=not self.sqlite)
         except exc.NoSuchModuleError:

@@ -103,10 +103,10 @@ class TooManyRequestsError(KaleidoscopeError):
 
     code = "too_many_requests"
     http_status = 429
-    exit_code = 1
+    exit_code = 2
 
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, retry_after_s: float = 1.0, *, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, details=details)
         self.retry_after_s = retry_after_s
 
 

@@ -788,6 +788,10 @@ class OnlineFeatures:
         """Wait until it is ready, for so long; return whether it is."""
         return self._looked.wait(timeout_s)
 
+    def has(self, business: str) -> bool:
+        """Whether a business has features that are open, and have to be read."""
+        return business in self._stores
+
     def features_for(
         self, business: str, scene: str, unit: str, at: datetime | None = None
     ) -> tuple[dict[str, Value], str]:

@@ -58,7 +58,8 @@ async def _identify(
     decider: Decider = request.app.state.decider
     secret = secret_of(request)
     known = decider.live.knows(secret)
-    caller, business = decider.caller(secret) if known else await run_in_threadpool(decider.caller, secret)
+    whose = decider.caller(secret, look_up=False) if known else await run_in_threadpool(decider.caller, secret)
+    caller, business = whose
     decider.pace.take(caller.token or "")
     address = None if request.client is None else request.client.host
     return Client(

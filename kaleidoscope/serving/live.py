@@ -193,11 +193,12 @@ class Live:
         """Whether a token is known, so that nothing has to be looked up for it."""
         return secret_hash(secret) in self._held.tokens
 
-    def caller(self, secret: str) -> Caller:
-        """Whose token this is; raises UnauthenticatedError. A token made a moment ago is looked for once."""
+    def caller(self, secret: str, *, look_up: bool = True) -> Caller:
+        """Whose token this is; raises UnauthenticatedError. With `look_up` a token made a moment ago is looked for
+        once, unless somebody is looking already: nobody waits behind a database that does not answer."""
         digest = secret_hash(secret)
         known = self._held.tokens.get(digest)
-        if known is None and self.clock() - self._missed_at > MISS_S:
+        if known is None and look_up and self.clock() - self._missed_at > MISS_S and not self._lock.locked():
             self._missed_at = self.clock()
             self._try_refresh()
             known = self._held.tokens.get(digest)

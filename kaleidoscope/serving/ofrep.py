@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -119,17 +120,13 @@ async def evaluate(request: Request, key: str) -> Response:
     """Decide what a unit is shown in a scene."""
     body = await request.body()
 
-    def answer() -> Response:
-        decider: Decider = request.app.state.decider
-        try:
-            caller, business = decider.caller(secret_of(request))
-            decider.pace.take(caller.token or "")
-            decision = decider.decide(business, key, _asked(body))
-        except KaleidoscopeError as error:
-            return _failed(error, key)
+    def answer(decider: Decider, secret: str, *, look_up: bool) -> Response:
+        caller, business = decider.caller(secret, look_up=look_up)
+        decider.pace.take(caller.token or "")
+        decision = decider.decide(business, key, _asked(body))
         return _answer(request, _success(key, decision, decider))
 
-    return await run_in_threadpool(answer)
+    return await _in_our_words(request, answer, key)
 
 
 @router.post(
@@ -143,17 +140,24 @@ async def evaluate_all(request: Request) -> Response:
     """Decide what a unit is shown in every scene of the business that is live."""
     body = await request.body()
 
-    def answer() -> Response:
-        decider: Decider = request.app.state.decider
-        try:
-            caller, business = decider.caller(secret_of(request))
-            decider.pace.take(caller.token or "")
-            flags = _every(decider, business, _asked(body))
-        except KaleidoscopeError as error:
-            return _failed(error, None)
-        return _answer(request, {"flags": flags})
+    def answer(decider: Decider, secret: str, *, look_up: bool) -> Response:
+        caller, business = decider.caller(secret, look_up=look_up)
+        decider.pace.take(caller.token or "")
+        return _answer(request, {"flags": _every(decider, business, _asked(body))})
 
-    return await run_in_threadpool(answer)
+    return await _in_our_words(request, answer, None)
+
+
+async def _in_our_words(request: Request, answer: Callable[..., Response], key: str | None) -> Response:
+    """The answer, given by a thread where it may have to wait; errors in the protocol's shape."""
+    decider: Decider = request.app.state.decider
+    try:
+        secret = secret_of(request)
+        if decider.at_once(secret, key):
+            return answer(decider, secret, look_up=False)
+        return await run_in_threadpool(answer, decider, secret, look_up=True)
+    except KaleidoscopeError as error:
+        return _failed(error, key)
 
 
 def _every(decider: Decider, business: str, asked: Asked) -> list[dict[str, Any]]:
@@ -228,21 +232,26 @@ def _success(key: str, decision: Decision, decider: Decider) -> dict[str, Any]:
 
 
 def _answer(request: Request, document: dict[str, Any]) -> Response:
-    """200 with an ETag, or 304 where the caller has it already; how stale it is does not count."""
-    body = json.dumps(document, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-    etag = f'"{hashlib.sha256(json.dumps(_timeless(document), sort_keys=True).encode()).hexdigest()[:32]}"'
+    """200 with an ETag, or 304 where the caller has it already.
+
+    What changes with the time alone does not count: how stale it is, and the token, which holds the moment.
+    """
+    flags = document.get("flags", [document])
+    lasting = [{**flag, "metadata": _lasting(flag["metadata"])} if "metadata" in flag else flag for flag in flags]
+    etag = f'"{hashlib.sha256(_json(lasting)).hexdigest()[:32]}"'
     headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
     known = request.headers.get("if-none-match", "")
     if etag in [tag.strip().removeprefix("W/") for tag in known.split(",")]:
         return Response(status_code=304, headers=headers)
-    return Response(body, media_type="application/json", headers=headers)
+    return Response(_json(document), media_type="application/json", headers=headers)
 
 
-def _timeless(value: Any) -> Any:
-    """A document without what changes with the time alone: how stale it is, and the token, which holds the moment."""
-    if isinstance(value, dict):
-        return {k: _timeless(v) for k, v in value.items() if k not in ("staleSeconds", "token")}
-    return [_timeless(item) for item in value] if isinstance(value, list) else value
+def _lasting(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metadata.items() if name not in ("token", "staleSeconds")}
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def _failed(error: KaleidoscopeError, key: str | None) -> Response:

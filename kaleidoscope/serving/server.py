@@ -25,7 +25,15 @@ GRACE_S = 2.0  # for a process to end by itself, once its application is closed
 WORKER = "kaleidoscope.serving.server:worker_application"
 
 
-def serve(application: ASGIApp | str, host: str, port: int, *, workers: int = 1, patience_s: int = PATIENCE_S) -> None:
+def serve(
+    application: ASGIApp | str,
+    host: str,
+    port: int,
+    *,
+    workers: int = 1,
+    patience_s: int = PATIENCE_S,
+    access_log: bool = True,
+) -> None:
     """Answer at the address until SIGINT (Ctrl-C) or SIGTERM, in the process's main thread.
 
     Open requests then get `patience_s` seconds to finish; those that do not are answered 503, and where one still
@@ -40,6 +48,7 @@ def serve(application: ASGIApp | str, host: str, port: int, *, workers: int = 1,
         port=port,
         workers=workers,
         log_config=_log_to_stderr(),
+        access_log=access_log,
         timeout_graceful_shutdown=patience_s,
         server_header=False,
     )

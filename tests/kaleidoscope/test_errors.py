@@ -7,7 +7,15 @@ import re
 import pytest
 
 from kaleidoscope import errors
-from kaleidoscope.errors import AccessError, ConflictError, InputError, JobError, KaleidoscopeError, NotFoundError
+from kaleidoscope.errors import (
+    AccessError,
+    ConflictError,
+    InputError,
+    JobError,
+    KaleidoscopeError,
+    NotFoundError,
+    TooManyRequestsError,
+)
 
 TREE = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, KaleidoscopeError)]
 
@@ -26,7 +34,7 @@ def test_codes_are_unique() -> None:
 
 @pytest.mark.parametrize("error", TREE)
 def test_the_callers_fault_is_exit_2_and_ours_is_exit_1(error: type[KaleidoscopeError]) -> None:
-    theirs = issubclass(error, InputError | AccessError | NotFoundError | ConflictError)
+    theirs = issubclass(error, InputError | AccessError | NotFoundError | ConflictError | TooManyRequestsError)
     assert error.exit_code == (2 if theirs else 1)
     assert error.http_status // 100 == (4 if theirs else 5)
 
