@@ -47,6 +47,7 @@ bench: $(INSTALLED)
 	@$(BIN)/python benchmarks/rank.py
 	@$(BIN)/python benchmarks/decide.py
 	@$(BIN)/python benchmarks/events.py
+	@if command -v wrk >/dev/null; then $(BIN)/python benchmarks/serving.py; else echo "benchmarks/serving.py needs wrk"; fi
 	@$(BIN)/python benchmarks/learn.py $(ARGS)
 
 clean:
