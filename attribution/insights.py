@@ -5,6 +5,7 @@ The method "statistics", and the result types of all methods. docs/attribution.m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -68,6 +69,24 @@ class Insight:
     explained_by: tuple[Pair, ...] = ()  # pairs that are significant alone, and not once this one is in
     importance: Mapping[str, float] = field(default_factory=dict)  # method → on its own scale
 
+    @property
+    def sentence(self) -> str:
+        """It in words, with its interval: that odds differ, and no more; where the interval holds 0, that it does."""
+        who = " and ".join(_who(name, label) for name, label in self.segment.items())
+        tag = " and ".join(f"{dimension}={value}" for dimension, value in self.tag.items())
+        together = " (never shown apart)" if len(self.tag) > 1 else ""
+        q = "q < 0.001" if self.q_value < 0.001 else f"q = {self.q_value:.2g}"
+        way = "higher" if self.effect > 0 else "lower"
+        if self.ci_low < 0 < self.ci_high:
+            interval = f"{_size(self.ci_low)} lower to {_size(self.ci_high)} higher, {q}: how much is hardly known"
+        else:
+            near, far = sorted((self.ci_low, self.ci_high), key=abs)
+            interval = f"{_size(near)} to {_size(far)}, {q}"
+        return (
+            f"Users with {who}: the odds of a click on {tag}{together} are {_size(self.effect)} {way} than these users"
+            f" and this tag would have by themselves (beside the other insights; 95 % interval {interval})."
+        )
+
     def to_json(self) -> dict[str, object]:
         """As summary.json holds it."""
         return {
@@ -82,6 +101,29 @@ class Insight:
             "methods": list(self.methods),
             "explained_by": [pair.to_json() for pair in self.explained_by],
         }
+
+
+def ends_of(label: str) -> tuple[float, float] | None:
+    """From and below which numbers a segment is, `[lo, hi)`; None where it is of a text or missing."""
+    found = re.fullmatch(r"\[(-inf|-?[\d.]+(?:e[-+]?\d+)?), (inf|-?[\d.]+(?:e[-+]?\d+)?)\)", label)
+    return None if found is None else (float(found[1]), float(found[2]))
+
+
+def _who(name: str, label: str) -> str:
+    ends = ends_of(label)
+    if ends is None:
+        return f"{name}={label}"
+    low, high = ends
+    # The label's own digits, which tell the edges apart.
+    below, start = label[:-1].split(", ")[1], label[1:].split(", ")[0]
+    words = ([f"from {start}"] if np.isfinite(low) else []) + ([f"below {below}"] if np.isfinite(high) else [])
+    return f"{name} {' to '.join(words)}"
+
+
+def _size(effect: float) -> str:
+    """Of an effect without its sign, in whole percent from ten on."""
+    percent = 100 * abs(effect)
+    return f"{percent:,.0f} %" if percent >= 9.95 else f"{percent:.1f} %"
 
 
 @dataclass(frozen=True)

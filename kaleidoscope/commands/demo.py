@@ -1,6 +1,6 @@
 """`kaleidoscope demo`: the whole loop on one machine, with simulated users in place of real ones.
 
-    furnish → explore → compact → train → canary → compare → over HTTP → report
+    furnish → explore → compact → train → attribute → canary → compare → over HTTP → report
 
 Only who clicks is simulated, and the clock: everything else is the platform, called as its commands and its server call
 it. Simulated time ends when the demo was started, so that what the server does afterwards follows upon it.
@@ -13,6 +13,7 @@ import json
 import runpy
 import shlex
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,11 +30,12 @@ from scipy.special import expit
 from kaleidoscope import guard, registry
 from kaleidoscope.access import Caller, operator
 from kaleidoscope.businesses import create_business
+from kaleidoscope.commands.demo_insights import preferences_of
 from kaleidoscope.commands.demo_report import ENVIRONMENT, TOKEN
 from kaleidoscope.commands.demo_server import Client, running, variables
 from kaleidoscope.commands.gate import Limits
 from kaleidoscope.commands.learn import Clock
-from kaleidoscope.commands.train import run_train
+from kaleidoscope.commands.train import read_exposures_of, run_train
 from kaleidoscope.database import Database, open_database
 from kaleidoscope.decide import Decision, Request, Served, decide, decide_many
 from kaleidoscope.decision_record import Keyring, Reason
@@ -174,6 +176,8 @@ def run_loop(
             at=loop.now,
             limits=Limits(epsilon=plan.epsilon),
         )
+        with clock("attribute"):
+            preferences = loop.preferences()
         stages: list[dict[str, Any]] = []
         if trained["gate"]["verdict"] == registry.PASSED:
             with clock("canary"):
@@ -188,6 +192,8 @@ def run_loop(
         with clock("report"):
             report = loop.report(compared_from)
             summary = _summary(loop, trained, stages, report, over_http, seed) | {
+                "insights": preferences.pop("sentences"),
+                "preferences": preferences,
                 "exploring": {"visits": explored["visits"], "decisions": explored["decisions"]},
                 "compacted": {"days": len(compacted.days), "exposures": compacted.exposures},
                 "timings_s": clock.seconds | {"train": round(sum(trained["timings_s"].values()), 3)},
@@ -446,6 +452,12 @@ class _Loop:
         with self.database.transaction(_person(AUTHOR, Role.VIEWER), write=False) as session:
             return shown_in(verify(get_release(session, scene, number)))
 
+    def preferences(self) -> dict[str, Any]:
+        """Who prefers what, from the exposures that training has read."""
+        with tempfile.TemporaryDirectory(prefix="kaleidoscope-demo-") as scratch:
+            log, _, _ = read_exposures_of(self.settings, BUSINESS, self.scene_id, Path(scratch))
+        return preferences_of(log, self.scene)
+
     def release_model(self, version: str) -> None:
         """Promote the model that passed the gate, and start a release of it as a canary."""
         registry.promote(self.settings, _person(PUBLISHER, Role.PUBLISHER), version, at=self.now)
@@ -601,7 +613,6 @@ def _summary(
         "decision_p99_ms": p99,
         "decisions_timed": len(loop.latency_ms),
         "http": dict(over_http),
-        "insights": None,
     }
 
 

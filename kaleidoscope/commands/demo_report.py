@@ -15,6 +15,7 @@ from kaleidoscope.vocabulary import Bucket
 if TYPE_CHECKING:
     from rich.table import Table
 
+STRONGEST = 5  # insights that are shown
 TOKEN, ENVIRONMENT = "token", "settings.env"  # files in the demo's folder
 SHOWS = {
     Bucket.CONTROL: "the baseline",
@@ -46,6 +47,7 @@ def report_lines(summary: Mapping[str, Any], out_dir: Path) -> list[str | Table]
         "",
         *_verdict(summary),
         *_known_truth(summary["truth"]),
+        *_preferences(summary),
         *_how_it_went(summary),
         f"Everything: {out_dir / 'summary.json'}",
     ]
@@ -82,6 +84,25 @@ def _known_truth(truth: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     personal = ranked["share_of_oracle_personalisation"]
     if personal is not None:
         yield f"Of what knowing each user adds to the best single variant it has {_percent(personal)}."
+
+
+def _preferences(summary: Mapping[str, Any]) -> Iterator[str]:
+    sentences, found = summary["insights"], summary["preferences"]
+    exposures = f"{found['exposures']:,} random exposures to simulated users"
+    if sentences:
+        few = "" if len(sentences) <= STRONGEST else f"; the {STRONGEST} strongest of {len(sentences)}"
+        yield f"Who prefers what, from {exposures}{few}:"
+        yield from (f"  {sentence}" for sentence in sentences[:STRONGEST])
+        yield f"Of {len(sentences)} such preferences {found['planted']} are planted in the simulated world."
+    else:
+        yield f"{exposures} show of no group of users that it prefers a tag more than others do."
+    if found["findings"]:
+        missed = [name for name, there in found["findings"].items() if not there]
+        named = f"; not {', '.join(missed)}" if missed else ""
+        yield (
+            f"Of its {len(found['findings'])} published findings {len(found['findings']) - len(missed)} were recovered"
+            f" with the right sign{named}."
+        )
 
 
 def _how_it_went(summary: Mapping[str, Any]) -> Iterator[str]:

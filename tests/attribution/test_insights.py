@@ -16,9 +16,11 @@ from scipy.special import expit
 from attribution.coding import code
 from attribution.insights import (
     Attribution,
+    Insight,
     attribute,
     benjamini_hochberg,
     conditional_interval,
+    ends_of,
     without_noise,
 )
 from kaleidoscope.log import read_log
@@ -181,6 +183,32 @@ def test_results_are_json_of_the_contract() -> None:
     assert isinstance(insight["n"], int)
     main = json.loads(json.dumps(result.main_effects[0].to_json(), allow_nan=False))
     assert main.keys() == {"tag", "effect", "ci_low", "ci_high", "q_value", "n"}
+
+
+def said(label: str, effect: float, low: float, high: float, q: float, **tag: str) -> str:
+    tags = tag or {"button_colour": "red"}
+    return Insight({"age": label}, tags, effect, None, ci_low=low, ci_high=high, q_value=q, n=900).sentence
+
+
+def test_an_insight_is_a_sentence_that_is_no_stronger_than_its_interval() -> None:
+    assert said("thirties", 0.344, 0.196, 0.4949, 0.0012) == (
+        "Users with age=thirties: the odds of a click on button_colour=red are 34 % higher than these users and this"
+        " tag would have by themselves (beside the other insights; 95 % interval 20 % to 49 %, q = 0.0012)."
+    )
+    lower = said("missing", -0.26, -0.4, -0.071, 1e-9)
+    assert (
+        "age=missing: " in lower and "are 26 % lower than" in lower and "; 95 % interval 7.1 % to 40 %, q < 0" in lower
+    )
+    open_ = said("[-inf, 33)", 0.2, -0.031, 0.5, 0.04)
+    assert "95 % interval 3.1 % lower to 50 % higher, q = 0.04: how much is hardly known)" in open_
+    assert "tone=loud and sign=! (never shown apart) are" in said("x", 1.5, 1, 2, 0.01, tone="loud", sign="!")
+
+
+def test_segments_of_numbers_are_said_in_words() -> None:
+    assert ends_of("[-inf, 33)") == (-np.inf, 33) and ends_of("[-2.5, 1e+06)") == (-2.5, 1e6)
+    assert ends_of("missing") is ends_of("[a, b)") is None
+    starts = [said(label, 0.2, 0.1, 0.3, 0.01).split(":")[0] for label in ("[-inf, 33)", "[33, 45.5)", "[1e+06, inf)")]
+    assert starts == ["Users with age below 33", "Users with age from 33 to below 45.5", "Users with age from 1e+06"]
 
 
 # ── many worlds ──

@@ -91,7 +91,24 @@ def test_the_model_beats_the_baseline_in_a_world_that_has_something_to_personali
     assert buckets["model"]["ci_low"] < buckets["model"]["fixed"]["ci_low"] < buckets["model"]["lift"]
     assert buckets["random"]["lift"] < buckets["model"]["lift"]
     assert ran.summary["srm"]["flagged"] is False
-    assert ran.summary["insights"] is None
+
+
+def test_it_says_who_prefers_what_and_which_findings_that_recovers(
+    ran: Ran, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentences, found = ran.summary["insights"], ran.summary["preferences"]
+    assert len(sentences) == len(found["insights"]) > 0
+    assert found["exposures"] == ran.summary["model"]["exposures"]  # of what training has read
+    assert found["planted"] >= 0.75 * len(sentences)
+    for sentence, insight in zip(sentences, found["insights"], strict=True):
+        assert sentence.startswith("Users with ") and all(f"{d}={v}" in sentence for d, v in insight["tag"].items())
+    assert len(found["findings"]) == 6 and sum(found["findings"].values()) >= 4
+    assert found["findings"]["button-by-age"] is True
+    out = printed(capsys, *report_lines(ran.summary, ran.folder))
+    assert f"from {found['exposures']:,} random exposures to simulated users" in out
+    assert out.count("Users with ") == min(len(sentences), 5)
+    n = sum(found["findings"].values())
+    assert f"Of its 6 published findings {n} were recovered with the right sign" in out
 
 
 def test_the_share_of_the_oracles_lift_is_what_the_world_knows(ran: Ran) -> None:
@@ -189,6 +206,7 @@ def test_a_model_that_the_gate_keeps_back_is_not_released_and_the_demo_says_so(
     assert set(summary["buckets"]) == {"control", "random"}
     assert summary["share_of_oracle_lift"] is None
     assert summary["decision_p99_ms"] is None
+    assert summary["preferences"]["exposures"] > 0
     out = printed(capsys, *report_lines(summary, tmp_path))
     assert "The gate kept the model back, and nothing was personalised: It gains nothing." in out
     assert "oracle" not in out
@@ -250,7 +268,7 @@ def test_the_end_says_how_to_go_on() -> None:
 
 @pytest.mark.slow
 def test_the_whole_demo_keeps_its_promise(tmp_path: Path) -> None:
-    shares, personal = [], []
+    shares, personal, insights, planted = [], [], 0, 0
     for seed in range(3):
         summary = run_loop(tmp_path / "out", settings=Settings(), seed=seed, progress=Silent())
         buckets = summary["buckets"]
@@ -261,7 +279,11 @@ def test_the_whole_demo_keeps_its_promise(tmp_path: Path) -> None:
         assert buckets["model"]["ci_low"] > 0
         assert buckets["random"]["ci_low"] < 0
         assert summary["srm"]["flagged"] is False
+        assert sum(summary["preferences"]["findings"].values()) >= 5
+        insights += len(summary["insights"])
+        planted += summary["preferences"]["planted"]
         shares.append(summary["share_of_oracle_lift"])
         personal.append(summary["share_of_oracle_personalisation"])
     assert np.mean(shares) >= 0.85 and min(shares) >= 0.8
     assert np.mean(personal) >= 0.6
+    assert planted >= 0.8 * insights > 0
