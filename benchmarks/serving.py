@@ -81,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=int, default=10)
     parser.add_argument("--copies", type=int, default=18, help="of which a release of about 58 times as many variants")
+    parser.add_argument("--mlflow", action="store_true", help="also LightGBM behind `mlflow models serve`")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
     if shutil.which("wrk") is None:
@@ -96,7 +97,10 @@ def main() -> None:
             figures["ofrep"] = load(url, "/ofrep/v1/evaluate/flags/fund-card", token, args.seconds, folder)
         with bare(variants, folder) as url:
             figures["bare_endpoint"] = load(url, "/rank", token, args.seconds, folder)
-        figures["in_process_ms"] = in_process(settings, columns)
+        figures["in_process_ms"], trees, one = in_process(settings, columns)
+        if args.mlflow:
+            with mlflow_server(trees, one, folder) as url:
+                figures["lightgbm_behind_mlflow"] = load(url, "/invocations", token, args.seconds, folder, one)
     figures["of_bare_endpoint"] = figures["ofrep"]["per_s"] / figures["bare_endpoint"]["per_s"]
     print(json.dumps(figures, indent=1))
     if args.out:
@@ -228,6 +232,20 @@ def bare(variants: int, folder: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
+@contextmanager
+def mlflow_server(trees: lightgbm.Booster, one: Any, folder: Path) -> Iterator[str]:
+    """A LightGBM model behind `mlflow models serve`, which is sent all variants of a user with every request."""
+    import mlflow.lightgbm
+
+    mlflow.lightgbm.save_model(trees, str(folder / "trees"))
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(folder / "trees"), "--env-manager", "local"]
+    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # it calls uvicorn by name
+    with process([*command, "--port", str(port)], folder, MLFLOW_DISABLE_TELEMETRY="true", PATH=beside):
+        until_ready(f"http://127.0.0.1:{port}/ping")
+        yield f"http://127.0.0.1:{port}"
+
+
 def free_port() -> int:
     """A port that nobody listens at."""
     with socket.socket() as found:
@@ -257,10 +275,19 @@ def ask(url: str, token: str) -> bytes:
         return bytes(answer.read())
 
 
-def load(url: str, path: str, token: str, seconds: int, folder: Path) -> dict[str, float]:
-    """Requests a second, and the median and 99th percentile in milliseconds, from core 1."""
+def load(url: str, path: str, token: str, seconds: int, folder: Path, rows: Any = None) -> dict[str, float]:
+    """Requests a second, and the median and 99th percentile in milliseconds, from core 1.
+
+    Each is for a user of its own; with `rows` it sends these instead, as MLflow takes them.
+    """
     script = folder / "load.lua"
     script.write_text(SCRIPT.replace("PATH", f'"{path}"').replace("TOKEN", token))
+    if rows is not None:
+        (folder / "rows.json").write_text(json.dumps({"inputs": np.asarray(rows).tolist()}))
+        script.write_text(
+            f'wrk.method = "POST"\nwrk.path = "{path}"\nwrk.headers["Content-Type"] = "application/json"\n'
+            f'wrk.body = io.open("{folder / "rows.json"}"):read("*a")\n'
+        )
     command = ["taskset", "-c", "1", "wrk", "-t1", "-c8", "--latency", "-s", str(script), url]
     subprocess.run([*command, "-d2s"], capture_output=True, check=True)  # warm
     said = subprocess.run([*command, f"-d{seconds}s"], capture_output=True, check=True, text=True).stdout
@@ -278,8 +305,9 @@ def in_ms(text: str) -> float:
     return float(number) * {"us": 0.001, "ms": 1.0, "s": 1000.0}[unit]
 
 
-def in_process(settings: Settings, drawn: Any) -> dict[str, float]:
-    """Median milliseconds to rank all variants for one user: our exported model, and LightGBM of the same log."""
+def in_process(settings: Settings, drawn: Any) -> tuple[dict[str, float], lightgbm.Booster, Any]:
+    """Median milliseconds to rank all variants for one user: our exported model, and LightGBM of the same log; that
+    one, and what it ranks."""
     examples, table = drawn
     ranker = Ranker.load(settings.models_dir / BUSINESS / VERSION)
     side, user = ranker.variant_side(table), {"age": [33], "income": [5000.0]}
@@ -296,10 +324,11 @@ def in_process(settings: Settings, drawn: Any) -> dict[str, float]:
             times.append(time.perf_counter() - begun)
         return float(np.median(times) * 1000)
 
-    return {
+    found = {
         "kaleidoscope": median(lambda: ranker.score(ranker.features(user, 1), side)),
         "lightgbm": median(lambda: trees.predict(one, num_threads=1)),
     }
+    return found, trees, one
 
 
 if __name__ == "__main__":
