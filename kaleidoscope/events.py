@@ -46,6 +46,7 @@ from kaleidoscope.database import Database
 from kaleidoscope.decision_record import DecisionRecord, Keyring, TokenClaims, TokenError
 from kaleidoscope.errors import InputError, TooLargeError, UnavailableError
 from kaleidoscope.release import ReleaseContent
+from kaleidoscope.scenes import AttributionSpec
 from kaleidoscope.tables import ClosedDays, Decision, Event, EventCount, LogPart
 
 REPLICATES = 64
@@ -125,6 +126,11 @@ class Windows:
         for name, value in vars(self).items():
             if not 0 <= value <= 400 * 86_400:
                 raise InputError(f"{name}: {value} is no time to wait for events. Give 0 to 400 days, in seconds.")
+
+    @classmethod
+    def attributing(cls, spec: AttributionSpec) -> Windows:
+        """The windows that a scene's attribution says."""
+        return cls(spec.exposure_hours * 3600, spec.click_hours * 3600, spec.conversion_hours * 3600)
 
     def of(self, kind: Kind) -> float:
         """The window of a kind of event."""
@@ -1058,10 +1064,10 @@ def read_exposures(
         ) as duck:
             return duck.sql("SELECT * FROM exposures ORDER BY exposed_at, decision_id").to_arrow_table()
 
-    return _again(read)
+    return read_anew(read)
 
 
-def _again(read: Callable[[], Answer]) -> Answer:
+def read_anew(read: Callable[[], Answer]) -> Answer:
     """What a read gives; anew where a file was replaced between the manifest and its reading."""
     for _ in range(TRIES - 1):
         with contextlib.suppress(duckdb.IOException):
@@ -1107,7 +1113,7 @@ def contract_log(
         ) as duck:
             return _write_contract(duck, out, scene, label)
 
-    return _again(write)
+    return read_anew(write)
 
 
 def _write_contract(duck: duckdb.DuckDBPyConnection, out: Path, scene: str | None, label: str) -> ContractLog:

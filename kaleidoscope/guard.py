@@ -25,7 +25,7 @@ from kaleidoscope.access import Caller
 from kaleidoscope.database import MAX_PAGE, Database, Session
 from kaleidoscope.decision_record import Reason
 from kaleidoscope.errors import ConflictError, InputError
-from kaleidoscope.events import TRIES, open_exposures
+from kaleidoscope.events import open_exposures, read_anew
 from kaleidoscope.experiment import (
     ALPHA,
     MIN_EVENTS,
@@ -178,10 +178,7 @@ def _read(
         ) as duck:
             return work(duck)
 
-    for _ in range(TRIES - 1):
-        with contextlib.suppress(duckdb.IOException):
-            return read()
-    return read()
+    return read_anew(read)
 
 
 # ── the report ──────────────────────────────────────────────────────────────────────────────────────────────────────

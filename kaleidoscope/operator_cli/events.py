@@ -40,12 +40,8 @@ def rules_of(work: Work) -> Rules:
     from kaleidoscope.events import Rules, Windows
     from kaleidoscope.scenes import attributions
 
-    hour = 3600.0
-    windows = {
-        scene: Windows(spec.exposure_hours * hour, spec.click_hours * hour, spec.conversion_hours * hour)
-        for scene, spec in attributions(work.session).items()
-    }
-    return Rules(windows=windows)
+    specs = attributions(work.session)
+    return Rules(windows={scene: Windows.attributing(spec) for scene, spec in specs.items()})
 
 
 @command(events_group, "compact")

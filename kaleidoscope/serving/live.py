@@ -309,8 +309,7 @@ def windows_of(scenes: Mapping[str, LiveScene]) -> dict[str, Windows]:
     for name, scene in scenes.items():
         served = scene.candidate or scene.stable
         if served is not None:
-            spec = served.content.scene.attribution
-            found[name] = Windows(spec.exposure_hours * 3600, spec.click_hours * 3600, spec.conversion_hours * 3600)
+            found[name] = Windows.attributing(served.content.scene.attribution)
     return found
 
 
