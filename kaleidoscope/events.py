@@ -43,7 +43,7 @@ from sqlalchemy.dialects import sqlite as sqlite_dialect
 from sqlalchemy.engine import Connection
 
 from kaleidoscope.database import Database
-from kaleidoscope.decision_record import DecisionRecord, Keyring, TokenClaims, TokenError
+from kaleidoscope.decision_record import DecisionRecord, Keyring, Reason, TokenClaims, TokenError
 from kaleidoscope.errors import InputError, TooLargeError, UnavailableError
 from kaleidoscope.release import ReleaseContent
 from kaleidoscope.scenes import AttributionSpec
@@ -1096,11 +1096,13 @@ def contract_log(
     since: datetime | None = None,
     until: datetime | None = None,
     label: str = "click",
+    control: bool = False,
 ) -> ContractLog:
     """Write the exposures that may be learned from to `out`, as exposures.parquet and schema.yaml (log_schema.py).
 
     Features, context and tags keep their own names; what is ours begins with `_`. A variant has the tags that it was
-    last shown with. Over all scenes, variants compete within their scene. Raises InputError where nothing can be
+    last shown with. Over all scenes, variants compete within their scene. `control`: with the exposures of that bucket,
+    which say nothing of preferences, and are what lifts are measured against. Raises InputError where nothing can be
     learned from, or a name is both a feature and a tag.
     """
     if label not in ("click", "conversion"):
@@ -1111,16 +1113,19 @@ def contract_log(
         with open_exposures(
             database, folder, business=business, describe=describe, scene=scene, since=since, until=until
         ) as duck:
-            return _write_contract(duck, out, scene, label)
+            return _write_contract(duck, out, scene, label, control)
 
     return read_anew(write)
 
 
-def _write_contract(duck: duckdb.DuckDBPyConnection, out: Path, scene: str | None, label: str) -> ContractLog:
+def _write_contract(
+    duck: duckdb.DuckDBPyConnection, out: Path, scene: str | None, label: str, control: bool
+) -> ContractLog:
     found = [row[0] for row in duck.execute("DESCRIBE exposures").fetchall()]
-    usable = "learn AND recorded AND described"
-    why = {"not_learn": "NOT learn", "not_recorded": "learn AND NOT recorded"}
-    why["not_described"] = "learn AND recorded AND NOT described"
+    wanted = f"(learn OR reason = '{Reason.CONTROL}')" if control else "learn"
+    usable = f"{wanted} AND recorded AND described"
+    why = {"not_learn": f"NOT {wanted}", "not_recorded": f"{wanted} AND NOT recorded"}
+    why["not_described"] = f"{wanted} AND recorded AND NOT described"
     sums = ", ".join(f"count(*) FILTER ({condition})" for condition in (*why.values(), usable))
     *left, exposures = cast("tuple[int, ...]", duck.execute(f"SELECT {sums} FROM exposures").fetchone())
     left_out = dict(zip(why, left, strict=True))

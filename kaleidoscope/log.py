@@ -82,6 +82,8 @@ class Log:
     groups: pa.Array | None
     product: Codes | None  # (n,) index into `products`
     products: pa.Array | None
+    bucket: Codes | None  # (n,) index into `buckets`; estimators use the propensity, reports the name
+    buckets: pa.Array | None
     propensity: Floats | None  # (n,) P(variant | everything known at the choice)
     time: Floats | None  # (n,) seconds since 1970, or the column's own numbers; NaN = unknown
     file_row: Codes  # (n,) the row of the file, from 0; an aggregated row gives up to two rows here
@@ -134,6 +136,7 @@ class Log:
             unit=None if self.unit is None else densify(self.unit[rows]),
             group=pick(self.group),
             product=pick(self.product),
+            bucket=pick(self.bucket),
             propensity=pick(self.propensity),
             time=pick(self.time),
             file_row=self.file_row[rows],
@@ -583,7 +586,7 @@ def _load(
             select["variant", name] = f"CAST(to_json(CAST({_name(name)} AS VARCHAR[])) AS VARCHAR)"
         else:
             select["variant", name] = f"nullif(CAST({_name(name)} AS VARCHAR), '')"
-    for role in ("variant_id", "group", "product"):
+    for role in ("variant_id", "group", "product", "bucket"):
         for name in schema.role(role):
             select[role, name] = f"nullif(CAST({_name(name)} AS VARCHAR), '')"
     if schema.unit:  # as text, so that Parquet and CSV agree; 64 bits do not collide before billions of units
@@ -694,8 +697,9 @@ def _assemble(
         problems.notes.append(Check("time_unreadable", Level.WARNING, message))
     variant, variants = _variants(schema, columns, problems)
     unit = _units(schema, columns, problems)
-    named: dict[str, tuple[pa.Array | None, Codes | None]] = {"group": (None, None), "product": (None, None)}
-    for role in named:
+    named: dict[str, tuple[pa.Array | None, Codes | None]] = {}
+    for role in ("group", "product", "bucket"):
+        named[role] = None, None
         for name in schema.role(role):
             names, codes = text_codes(columns[role, name])
             named[role] = names, codes
@@ -721,6 +725,8 @@ def _assemble(
         groups=named["group"][0],
         product=named["product"][1],
         products=named["product"][0],
+        bucket=named["bucket"][1],
+        buckets=named["bucket"][0],
         propensity=propensity,
         time=time,
         file_row=np.arange(n),

@@ -34,7 +34,7 @@ from kaleidoscope.commands.learn import Clock, as_if_blind, fit_encoder
 from kaleidoscope.database import Database, open_database
 from kaleidoscope.encoding import Encoder
 from kaleidoscope.errors import InputError, JobError, NotFoundError
-from kaleidoscope.events import Describe, Shown, contract_log, shown_in
+from kaleidoscope.events import Shown, contract_log, shown_in
 from kaleidoscope.exposure import Support, logging_policy
 from kaleidoscope.log import Log, read_log
 from kaleidoscope.log_schema import read_schema
@@ -144,9 +144,19 @@ def run_train(
 
 
 def read_exposures_of(
-    settings: Settings, business: str, scene: str | None, scratch: Path
+    settings: Settings,
+    business: str,
+    scene: str | None,
+    scratch: Path,
+    *,
+    control: bool = False,
+    since: datetime | None = None,
+    until: datetime | None = None,
 ) -> tuple[Log, dict[str, int], str]:
-    """The exposures that may be learned from as a log, those left out by reason, and the hash of what was read."""
+    """The exposures that may be learned from as a log, those left out by reason, and the hash of what was read.
+
+    `control`: with those of that bucket too. First seen from `since` on and before `until`.
+    """
     caller = operator(settings.user or "train", business)
     with _opened(settings.database_url) as database, _opened(settings.log_url) as log_database:
         with database.transaction(caller, write=False) as session:
@@ -158,7 +168,21 @@ def read_exposures_of(
             with database.transaction(caller, write=False) as session:
                 return shown_in(verify(get_release(session, of, number)))
 
-        return _read(log_database, settings.log_dir, scratch, business, scene, describe)
+        written = contract_log(
+            log_database,
+            settings.log_dir,
+            scratch,
+            business=business,
+            scene=scene,
+            describe=describe,
+            control=control,
+            since=since,
+            until=until,
+        )
+    digest = hashlib.sha256()
+    for path in (written.path, written.schema):
+        digest.update(path.read_bytes())
+    return read_log(written.path, read_schema(written.schema)), written.left_out, digest.hexdigest()
 
 
 def _opened(url: str) -> Database:
@@ -167,16 +191,6 @@ def _opened(url: str) -> Database:
         if named.sqlite and not Path(str(named.url.database)).exists():
             raise NotFoundError(f"There is no database {named.url.database}: is this the right folder?")
     return open_database(url)
-
-
-def _read(
-    database: Database, folder: Path, scratch: Path, business: str, scene: str | None, describe: Describe
-) -> tuple[Log, dict[str, int], str]:
-    written = contract_log(database, folder, scratch, business=business, scene=scene, describe=describe)
-    digest = hashlib.sha256()
-    for path in (written.path, written.schema):
-        digest.update(path.read_bytes())
-    return read_log(written.path, read_schema(written.schema)), written.left_out, digest.hexdigest()
 
 
 def _refuse_few(log: Log, name: str, min_exposures: int) -> None:

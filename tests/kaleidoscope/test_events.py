@@ -630,6 +630,25 @@ def test_learn_reads_it_unchanged(database: Database, tmp_path: Path) -> None:
     assert [c.code for c in log.checks if c.level == "error"] == []
 
 
+def test_the_control_bucket_is_written_where_it_is_asked_for(sqlite: Database, tmp_path: Path) -> None:
+    control = [decision(i, learn=False, bucket=Bucket.CONTROL, reason=Reason.CONTROL, propensity=1.0) for i in range(9)]
+    pinned = decision(50, learn=False, bucket=Bucket.CONTROL, reason=Reason.FALLBACK_ELIGIBLE, propensity=1.0)
+    records = [*control, pinned, *(decision(i) for i in range(10, 40))]
+    record_decisions(sqlite, records)
+    send(sqlite, *map(item, records), item(records[0], "click"), item(records[-1], "click"))
+    with_it, without = (
+        contract_log(sqlite, tmp_path, tmp_path / str(c), business="acme", describe=describe, scene="home", control=c)
+        for c in (True, False)
+    )
+    assert (with_it.exposures, with_it.left_out["not_learn"]) == (39, 1)
+    assert (without.exposures, without.left_out["not_learn"]) == (30, 10)
+    log = read_log(with_it.path, read_schema(with_it.schema))
+    assert log.bucket is not None and log.buckets is not None
+    assert log.buckets.to_pylist() == ["control", "random"]
+    assert [int((log.bucket == b).sum()) for b in range(2)] == [9, 30]
+    assert set(log.take(log.bucket == 1).bucket) == {1}
+
+
 def test_the_same_log_is_written_the_same(sqlite: Database, tmp_path: Path) -> None:
     record_decisions(sqlite, [decision(i) for i in range(30)])
     send(sqlite, *(item(decision(i)) for i in range(30)))
