@@ -36,6 +36,7 @@ class Settings(BaseSettings):
     )
     log_dir: Path = Field(default=Path("kaleidoscope-log"), description="Folder of the log's closed days, in Parquet")
     models_dir: Path = Field(default=Path("kaleidoscope-models"), description="Folder of exported models")
+    reports_dir: Path = Field(default=Path("kaleidoscope-reports"), description="Folder of scenes' attribution reports")
     keys: SecretStr | None = Field(
         default=None,
         description="Secrets that sign and draw decisions, NAME:SECRET,…, the current one first; unset: `keys_file`",

@@ -33,9 +33,10 @@ from kaleidoscope.businesses import create_business
 from kaleidoscope.commands.demo_insights import preferences_of
 from kaleidoscope.commands.demo_report import ENVIRONMENT, TOKEN
 from kaleidoscope.commands.demo_server import Client, running, variables
+from kaleidoscope.commands.exposures import read_exposures_of
 from kaleidoscope.commands.gate import Limits
-from kaleidoscope.commands.learn import Clock
-from kaleidoscope.commands.train import read_exposures_of, run_train
+from kaleidoscope.commands.output import Clock
+from kaleidoscope.commands.train import run_train
 from kaleidoscope.database import Database, open_database
 from kaleidoscope.decide import Decision, Request, Served, decide, decide_many
 from kaleidoscope.decision_record import Keyring, Reason
@@ -126,6 +127,7 @@ def demo_settings(folder: Path, base: Settings) -> Settings:
             "files_dir": whole / "files",
             "log_dir": whole / "log",
             "models_dir": whole / "models",
+            "reports_dir": whole / "reports",
             "feature_dir": whole / "features",
             "keys": None,
             "keys_file": whole / "keys",

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,9 +15,10 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from attribution.insights import Attribution, attribute
+from kaleidoscope.commands.output import Clock, json_text, make_folder, write_whole
 from kaleidoscope.commands.report import Evidence, render_report
 from kaleidoscope.encoding import Encoder
-from kaleidoscope.errors import JobError, LogError
+from kaleidoscope.errors import LogError
 from kaleidoscope.exposure import Independence, Srm, Support, exposure_independence, logging_policy, srm
 from kaleidoscope.log import Check, Log, read_log
 from kaleidoscope.log_schema import LogSchema, read_schema
@@ -111,10 +108,16 @@ def learn_file(
             f"{log_path}: {counted} units{weighed} in all {log.file_rows:,} rows; {MIN_UNITS} are needed to learn on "
             "some and judge on others. If `unit` is not the user's id, name another column or leave it out."
         )
-    _prepare(out_dir)
+    make_folder(out_dir)
     with threads_for(len(log)):
         learned = learn(log, schema, seed=seed, clock=clock, simulated=simulated)
-    _write(out_dir, learned.summary, render_report(learned.summary, learned.evidence))
+    write_whole(
+        out_dir,
+        {
+            "report.html": render_report(learned.summary, learned.evidence),
+            "summary.json": json_text(learned.summary),
+        },
+    )
     return learned
 
 
@@ -569,49 +572,3 @@ def _grouped_auc(log: Log, examples: Examples, fitted: _CrossFit) -> float | Non
     if log.unit is None or any(check.code == "units_seen_once" for check in log.checks):
         return None
     return grouped_auc(fitted.network_logit, examples.reward, examples.unit, examples.weight)
-
-
-def _prepare(out_dir: Path) -> None:
-    """Make the folder, and find out before the work whether it can be written to."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        probe = out_dir / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise JobError(f"{out_dir}: cannot be written to ({error}); name another folder with --out") from error
-
-
-def _write(out_dir: Path, summary: Mapping[str, object], report: str) -> None:
-    """Write both files beside their places, then move both: a full disk leaves what was there as it was."""
-    texts = {
-        "report.html": report,
-        "summary.json": json.dumps(summary, indent=1, allow_nan=False, ensure_ascii=False) + "\n",
-    }
-    beside = {name: out_dir / f".{name}.{os.getpid()}" for name in texts}
-    try:
-        for name, text in texts.items():
-            beside[name].write_text(text, encoding="utf-8")
-        for name in texts:
-            beside[name].replace(out_dir / name)
-    except OSError as error:
-        for path in beside.values():
-            path.unlink(missing_ok=True)
-        raise JobError(f"{out_dir}: the report cannot be written there: {error}") from error
-
-
-class Clock:
-    """Announces stages to a `Progress` and keeps how long each took."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.seconds: dict[str, float] = {}
-        self.advance = progress.advance
-        self._progress = progress
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Time a stage."""
-        self._progress.stage(stage)
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = round(time.perf_counter() - start, 3)

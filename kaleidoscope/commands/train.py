@@ -8,7 +8,6 @@ exported is then fitted to all exposures. docs/training.md says why, and what th
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shutil
 import subprocess
@@ -27,23 +26,18 @@ from numpy.typing import NDArray
 from scipy.special import expit, stdtrit
 
 from kaleidoscope import registry
-from kaleidoscope.access import operator
-from kaleidoscope.businesses import get_business
+from kaleidoscope.commands.exposures import read_exposures_of
 from kaleidoscope.commands.gate import Contest, Latency, Limits, Picks, Report, judge
-from kaleidoscope.commands.learn import Clock, as_if_blind, fit_encoder
-from kaleidoscope.database import Database, open_database
+from kaleidoscope.commands.learn import as_if_blind, fit_encoder
+from kaleidoscope.commands.output import Clock
 from kaleidoscope.encoding import Encoder
-from kaleidoscope.errors import InputError, JobError, NotFoundError
-from kaleidoscope.events import Shown, contract_log, shown_in
+from kaleidoscope.errors import InputError, JobError
 from kaleidoscope.exposure import Support, logging_policy
-from kaleidoscope.log import Log, read_log
-from kaleidoscope.log_schema import read_schema
+from kaleidoscope.log import Log
 from kaleidoscope.policy_value import LoggedRows, Weighting, choose_weighting, greedy, policy_weights
 from kaleidoscope.progress import Progress
 from kaleidoscope.ranker import Ranker, Signature, VariantSide
 from kaleidoscope.registry import GATE, GENERIC, TRAINED, Alias
-from kaleidoscope.release import get_release, verify
-from kaleidoscope.scenes import get_scene
 from kaleidoscope.settings import Settings
 from kaleidoscope.vocabulary import Level
 from models.batch import Examples, columns_of
@@ -141,56 +135,6 @@ def run_train(
 
 
 # ── the log ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def read_exposures_of(
-    settings: Settings,
-    business: str,
-    scene: str | None,
-    scratch: Path,
-    *,
-    control: bool = False,
-    since: datetime | None = None,
-    until: datetime | None = None,
-) -> tuple[Log, dict[str, int], str]:
-    """The exposures that may be learned from as a log, those left out by reason, and the hash of what was read.
-
-    `control`: with those of that bucket too. First seen from `since` on and before `until`.
-    """
-    caller = operator(settings.user or "train", business)
-    with _opened(settings.database_url) as database, _opened(settings.log_url) as log_database:
-        with database.transaction(caller, write=False) as session:
-            get_business(session)
-            if scene is not None:
-                get_scene(session, scene)
-
-        def describe(of: str, number: int) -> Mapping[str, Shown]:
-            with database.transaction(caller, write=False) as session:
-                return shown_in(verify(get_release(session, of, number)))
-
-        written = contract_log(
-            log_database,
-            settings.log_dir,
-            scratch,
-            business=business,
-            scene=scene,
-            describe=describe,
-            control=control,
-            since=since,
-            until=until,
-        )
-    digest = hashlib.sha256()
-    for path in (written.path, written.schema):
-        digest.update(path.read_bytes())
-    return read_log(written.path, read_schema(written.schema)), written.left_out, digest.hexdigest()
-
-
-def _opened(url: str) -> Database:
-    """The database, as long as there is one: in one made just now there would be nothing to learn from."""
-    with Database(url) as named:
-        if named.sqlite and not Path(str(named.url.database)).exists():
-            raise NotFoundError(f"There is no database {named.url.database}: is this the right folder?")
-    return open_database(url)
 
 
 def _refuse_few(log: Log, name: str, min_exposures: int) -> None:

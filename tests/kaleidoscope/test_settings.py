@@ -27,6 +27,7 @@ def test_defaults_need_no_environment() -> None:
         "log_url": "sqlite:///kaleidoscope-log.db",
         "log_dir": "kaleidoscope-log",
         "models_dir": "kaleidoscope-models",
+        "reports_dir": "kaleidoscope-reports",
         "keys": None,
         "keys_file": "kaleidoscope-keys",
         "decision_window_s": 3600,

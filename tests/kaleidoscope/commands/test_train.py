@@ -27,7 +27,7 @@ from kaleidoscope.access import operator
 from kaleidoscope.cli import main
 from kaleidoscope.commands import train as training
 from kaleidoscope.commands.gate import Limits, Report, Verdict, judge
-from kaleidoscope.commands.learn import Clock
+from kaleidoscope.commands.output import Clock
 from kaleidoscope.commands.train import Champion, Made, run_train, time_ranking, train
 from kaleidoscope.database import Database
 from kaleidoscope.decision_record import DecisionRecord, Reason

@@ -1,0 +1,69 @@
+"""A scene's exposures, as jobs on the command line read them: from the two databases and the Parquet log."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+
+from kaleidoscope.access import operator
+from kaleidoscope.businesses import get_business
+from kaleidoscope.database import Database, open_database
+from kaleidoscope.errors import NotFoundError
+from kaleidoscope.events import Shown, contract_log, shown_in
+from kaleidoscope.log import Log, read_log
+from kaleidoscope.log_schema import read_schema
+from kaleidoscope.release import get_release, verify
+from kaleidoscope.scenes import get_scene
+from kaleidoscope.settings import Settings
+
+
+def read_exposures_of(
+    settings: Settings,
+    business: str,
+    scene: str | None,
+    scratch: Path,
+    *,
+    control: bool = False,
+    since: datetime | None = None,
+    until: datetime | None = None,
+) -> tuple[Log, dict[str, int], str]:
+    """The exposures that may be learned from as a log, those left out by reason, and the hash of what was read.
+
+    `control`: with those of that bucket too. First seen from `since` on and before `until`.
+    """
+    caller = operator(settings.user or "kaleidoscope", business)
+    with existing_database(settings.database_url) as database, existing_database(settings.log_url) as log_database:
+        with database.transaction(caller, write=False) as session:
+            get_business(session)
+            if scene is not None:
+                get_scene(session, scene)
+
+        def describe(of: str, number: int) -> Mapping[str, Shown]:
+            with database.transaction(caller, write=False) as session:
+                return shown_in(verify(get_release(session, of, number)))
+
+        written = contract_log(
+            log_database,
+            settings.log_dir,
+            scratch,
+            business=business,
+            scene=scene,
+            describe=describe,
+            control=control,
+            since=since,
+            until=until,
+        )
+    digest = hashlib.sha256()
+    for path in (written.path, written.schema):
+        digest.update(path.read_bytes())
+    return read_log(written.path, read_schema(written.schema)), written.left_out, digest.hexdigest()
+
+
+def existing_database(url: str) -> Database:
+    """The database, as long as there is one: in one made just now there would be nothing to learn from."""
+    with Database(url) as named:
+        if named.sqlite and not Path(str(named.url.database)).exists():
+            raise NotFoundError(f"There is no database {named.url.database}: is this the right folder?")
+    return open_database(url)
