@@ -363,6 +363,83 @@ class Job(Tenant, Base):
     )
 
 
+# ── portraits ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Portrait(Tenant, Base):
+    """One analysis of a scene's log: what it was of, and the segments and tags that its cells are about."""
+
+    __tablename__ = "portraits"
+    unaudited = frozenset({"segments", "tags", "shown"})  # large
+
+    scene_id: Mapped[str] = mapped_column(SLUG, primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)  # counts within the scene
+    log_hash: Mapped[str] = mapped_column(String(128))
+    run_hash: Mapped[str] = mapped_column(String(64))  # of the log and of how it was analysed
+    taxonomy: Mapped[int | None]  # number of the version that the tags are of; None: of none
+    releases: Mapped[list[Any]]  # numbers
+    since: Mapped[datetime | None]  # of the exposures
+    until: Mapped[datetime | None]
+    exposures: Mapped[int] = mapped_column(BigInteger)
+    units: Mapped[int | None] = mapped_column(BigInteger)
+    buckets: Mapped[list[Any]]
+    methods: Mapped[list[Any]]
+    seed: Mapped[int | None] = mapped_column(BigInteger)
+    simulated: Mapped[bool]
+    shown: Mapped[dict[str, Any]]  # dimension → value → exposures
+    segments: Mapped[list[Any]]  # {field: value}; the first is everybody, {}
+    tags: Mapped[list[Any]]  # {dimension: value}
+    cells: Mapped[int]  # how many
+    insights: Mapped[int]  # of them
+    author: Mapped[str] = mapped_column(NAME)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+    __table_args__ = (
+        ForeignKeyConstraint(["business_id", "scene_id"], ["scenes.business_id", "scenes.id"]),
+        ForeignKeyConstraint(["business_id", "taxonomy"], ["taxonomies.business_id", "taxonomies.number"]),
+        UniqueConstraint("business_id", "scene_id", "run_hash"),
+    )
+
+
+class PortraitRow(Tenant, Base):
+    """How a segment takes a tag, of a portrait; `position` is its rank by what matters. Intervals are of 95 %."""
+
+    __tablename__ = "portrait_cells"
+    audited = False  # the portrait is
+
+    scene_id: Mapped[str] = mapped_column(SLUG, primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    segment: Mapped[int]  # position in Portrait.segments
+    tag: Mapped[int]  # position in Portrait.tags
+    n: Mapped[int] = mapped_column(BigInteger)
+    clicks: Mapped[int | None] = mapped_column(BigInteger)
+    ctr: Mapped[float | None]
+    ctr_low: Mapped[float | None]
+    ctr_high: Mapped[float | None]
+    preference: Mapped[float | None]
+    preference_low: Mapped[float | None]
+    preference_high: Mapped[float | None]
+    shrunk: Mapped[float | None]
+    shrunk_low: Mapped[float | None]
+    shrunk_high: Mapped[float | None]
+    effect: Mapped[float | None]
+    effect_low: Mapped[float | None]
+    effect_high: Mapped[float | None]
+    q_value: Mapped[float | None]
+    crossed: Mapped[bool]
+    found_by: Mapped[dict[str, Any] | None]  # method → sign
+    explained_by: Mapped[list[Any] | None]  # [position of a segment, position of a tag]
+
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["business_id", "scene_id", "number"],
+            ["portraits.business_id", "portraits.scene_id", "portraits.number"],
+        ),
+        Index(None, "business_id", "scene_id", "number", "segment"),
+    )
+
+
 # ── the log ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

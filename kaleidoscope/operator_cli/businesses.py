@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -39,31 +40,59 @@ token_group = typer.Typer(name="token", help="API tokens, for programs and the c
 
 @database_group.command("upgrade")
 def database_upgrade(as_json: JsonOption = False) -> None:
-    """Make the schema, or bring it to what this version needs. Back up first."""
+    """Make the schema, or bring it to what this version needs, that of the log's database too. Back up first."""
     from kaleidoscope.database import Database, revisions, upgrade
-    from kaleidoscope.settings import load_settings
 
-    with Database(load_settings().database_url) as database:
-        before, needed = revisions(database)
-        if before != needed:
-            upgrade(database)
-        done = "is up to date" if before == needed else f"is upgraded from {before or 'nothing'}"
-        value = {"database": database.name, "before": before, "revision": needed}
-    Output(value, f"{value['database']} {done}: revision {needed}").print(as_json=as_json)
+    def one(url: str) -> dict[str, object]:
+        with Database(url) as database:
+            before, needed = revisions(database)
+            if before != needed:
+                upgrade(database)
+            return {"database": database.name, "before": before, "revision": needed}
+
+    def said(done: Mapping[str, object]) -> str:
+        before, needed = done["before"], done["revision"]
+        what = "is up to date" if before == needed else f"is upgraded from {before or 'nothing'}"
+        return f"{done['database']} {what}: revision {needed}"
+
+    value = _of_both(one)
+    Output(value, *map(said, _each(value))).print(as_json=as_json)
 
 
 @database_group.command("status")
 def database_status(as_json: JsonOption = False) -> None:
-    """Say which schema the database has, and which one this version needs."""
+    """Say which schema the database has, that of the log too, and which one this version needs."""
     from kaleidoscope.database import Database, revisions
+
+    def one(url: str) -> dict[str, object]:
+        with Database(url) as database:
+            revision, needed = revisions(database)
+            return {"database": database.name, "revision": revision, "needed": needed, "up_to_date": revision == needed}
+
+    value = _of_both(one)
+    shown = [
+        fields({"database": v["database"], "revision": v["revision"] or "none: it is empty", "needed": v["needed"]})
+        for v in _each(value)
+    ]
+    hint = [] if all(v["up_to_date"] for v in _each(value)) else ["Run `kaleidoscope database upgrade`."]
+    Output(value, *shown, *hint).print(as_json=as_json)
+
+
+def _of_both(one: Callable[[str], dict[str, object]]) -> dict[str, Any]:
+    """What `one` says of the platform's database, and as its `log` of the log's, where that is another that is there:
+    an empty one gets its schema when the first server opens it."""
+    from kaleidoscope.database import Database
     from kaleidoscope.settings import load_settings
 
-    with Database(load_settings().database_url) as database:
-        revision, needed = revisions(database)
-        value = {"database": database.name, "revision": revision, "needed": needed, "up_to_date": revision == needed}
-    hint = [] if revision == needed else ["Run `kaleidoscope database upgrade`."]
-    shown = {"database": value["database"], "revision": revision or "none: it is empty", "needed": needed}
-    Output(value, fields(shown), *hint).print(as_json=as_json)
+    settings = load_settings()
+    value = one(settings.database_url)
+    with Database(settings.log_url) as named:
+        absent = named.sqlite and not Path(str(named.url.database)).exists()
+    return value | {"log": None if absent or settings.log_url == settings.database_url else one(settings.log_url)}
+
+
+def _each(value: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [value, value["log"]] if value["log"] else [value]
 
 
 # ── businesses, tokens, audit ─────────────────────────────────────────────────────────────────────────────────────────

@@ -15,7 +15,7 @@ from fastapi.openapi.utils import get_openapi
 from kaleidoscope.database import Database, open_database
 from kaleidoscope.errors import UnavailableError
 from kaleidoscope.registry import fetch
-from kaleidoscope.serving import decisions, ofrep, operate
+from kaleidoscope.serving import decisions, ofrep, operate, portraits
 from kaleidoscope.serving.decider import Decider, Metrics, load_keys
 from kaleidoscope.serving.http import LimitBody, add_error_handlers
 from kaleidoscope.serving.live import Live, models_in
@@ -67,7 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
             allow_headers=["authorization", "content-type", "if-none-match", "x-api-key"], expose_headers=["etag"],
         )  # fmt: skip
     add_error_handlers(app)
-    for router in (operate.router, ofrep.router, decisions.router, decisions.health):
+    for router in (operate.router, portraits.router, ofrep.router, decisions.router, decisions.health):
         app.include_router(router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app

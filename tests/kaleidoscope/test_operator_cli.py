@@ -27,7 +27,7 @@ EXAMPLE = ROOT / "examples" / "wealth"
 COMMON = {"--business", "--as", "--json", "--help"}
 GROUPS = (
     "business", "database", "events", "experiment", "features", "intervention", "job", "material",
-    "model", "release", "scene", "taxonomy", "token", "variant",
+    "model", "portrait", "release", "scene", "taxonomy", "token", "variant",
 )  # fmt: skip
 
 
@@ -249,6 +249,21 @@ def test_the_schema_is_made_and_told(shell: Shell, tmp_path: Path, monkeypatch: 
     again = shell.json("database upgrade")
     assert again["before"] == again["revision"] == status["needed"]
     assert shell.json("database status")["up_to_date"] is True
+
+
+def test_the_schema_of_the_log_is_told_and_upgraded_too(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KALEIDOSCOPE_DATABASE_URL", f"sqlite:///{tmp_path}/new.db")
+    monkeypatch.setenv("KALEIDOSCOPE_LOG_URL", f"sqlite:///{tmp_path}/its-log.db")
+    assert shell.json("database upgrade")["log"] is None
+    (tmp_path / "its-log.db").touch()  # as a server of an earlier version left one behind
+    status = shell.json("database status")
+    assert (status["up_to_date"], status["log"]["up_to_date"]) == (True, False)
+    assert "kaleidoscope database upgrade" in shell.ok("database status")
+    said = shell.ok("database upgrade")
+    assert "new.db is up to date" in said and "its-log.db is upgraded from nothing" in said
+    assert shell.json("database status")["log"]["up_to_date"] is True
 
 
 def test_a_database_that_cannot_be_is_an_error_not_a_traceback(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

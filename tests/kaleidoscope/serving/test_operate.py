@@ -20,12 +20,14 @@ from kaleidoscope.combiner import variant_id
 from kaleidoscope.database import Database
 from kaleidoscope.errors import UnavailableError
 from kaleidoscope.interventions import InterventionSpec, add_intervention
+from kaleidoscope.portraits import store_portrait
 from kaleidoscope.release import ReleasePlan, draft_release, start
 from kaleidoscope.review import make_variants, move_variants
 from kaleidoscope.serving import operate
 from kaleidoscope.serving.operate import Desk
 from kaleidoscope.vocabulary import Role
 from tests.kaleidoscope.people import person
+from tests.kaleidoscope.portrait_cells import cells, run
 from tests.kaleidoscope.serving.conftest import Client
 from tests.kaleidoscope.stock import spec, stocked
 
@@ -141,6 +143,9 @@ def operations() -> list[Operation]:
         Operation("GET", f"{S}/ledger", f"{SCENE}/ledger"),
         Operation("GET", f"{S}/live", f"{SCENE}/live"),
         Operation("GET", f"{S}/experiment", f"{SCENE}/experiment"),
+        Operation("GET", f"{S}/portraits", f"{SCENE}/portraits"),
+        Operation("GET", f"{S}/portrait", f"{SCENE}/portrait?segment=age=[30, 40)&language=zh"),
+        Operation("GET", f"{S}/portrait/design", f"{SCENE}/portrait/design?attribute=age=30"),
     ]  # fmt: skip
 
 
@@ -155,7 +160,7 @@ ELSEWHERE = {
 
 @pytest.fixture
 def busy(sqlite: Database, app: FastAPI) -> Database:
-    """The scene with approved variants, a rule, release 1 in canary, release 2 as a draft, and a picture."""
+    """The scene with approved variants, a rule, release 1 in canary, 2 as a draft, a picture and a portrait."""
     from kaleidoscope.images import store_image
     from kaleidoscope.materials import add_material
 
@@ -172,6 +177,7 @@ def busy(sqlite: Database, app: FastAPI) -> Database:
         draft_release(session, "welcome", ReleasePlan.model_validate(PLAN))
         draft_release(session, "welcome", ReleasePlan.model_validate(PLAN))
         start(session, "welcome", 1)
+        store_portrait(session, "welcome", run(), cells())
     return sqlite
 
 
