@@ -127,7 +127,7 @@ class Coded:
     tags: tuple[Tag, ...]
     carried: csr_array  # (N, T) 1 where a variant carries a tag
     variant: Codes  # (n,)
-    stratum: Codes  # (n,) context × group × product
+    stratum: Codes  # (n,) context × group × product × bucket
     strata: tuple[str, ...]  # (S,) names
     reward: Floats  # (n,)
     count: Floats  # (n,) identical, independent exposures
@@ -173,7 +173,7 @@ def code(log: Log, *, dependent: bool | None = None, fields: Sequence[UserField]
     if fields is None:
         fields = [UserField.fit(name, log.columns[name], log.count) for name in log.schema.user]
     tags, carried = _tags(log)
-    weight = log.weight * correction
+    weight = log.weight * correction * _information(log, correction)
     weight = weight * (log.count.sum() / (log.count * weight).sum())
     return Coded(
         fields=tuple(fields),
@@ -196,10 +196,12 @@ def code(log: Log, *, dependent: bool | None = None, fields: Sequence[UserField]
 
 
 def _strata(log: Log) -> tuple[Codes, tuple[str, ...]]:
-    """Context × group × product of each row, and a name of each that occurs (numbers of the context are cut)."""
+    """Context × group × product × bucket of each row, and a name of each that occurs (numbers of the context are cut).
+
+    Buckets are drawn, so that within one of them nothing is lost; and each has a policy, hence weights, of its own.
+    """
     parts: list[Codes] = [log.cells(log.schema.context)]
-    if log.product is not None:
-        parts.append(log.product)
+    parts += [codes for codes in (log.product, log.bucket) if codes is not None]
     stratum = combine(parts, len(log))
     first = np.zeros(int(stratum.max(initial=0)) + 1, np.int64)
     first[stratum[::-1]] = np.arange(len(log))[::-1]
@@ -211,12 +213,19 @@ def _strata(log: Log) -> tuple[Codes, tuple[str, ...]]:
         names = [[*name, f"{column}={value}"] for name, value in zip(names, values, strict=True)]
     if log.product is not None and log.products is not None:
         names = [[*name, str(log.products[int(p)])] for name, p in zip(names, log.product[first], strict=True)]
+    if log.bucket is not None and log.buckets is not None:
+        names = [[*name, str(log.buckets[int(b)])] for name, b in zip(names, log.bucket[first], strict=True)]
     return stratum, tuple(" / ".join(name) for name in names)
 
 
 def _correction(log: Log, stratum: Codes, dependent: bool | None) -> tuple[Floats, float]:
-    """(n,) P(variant | stratum) / propensity, so that within a stratum exposures count as if they had not looked at the
-    user; at most MAX_WEIGHT (stabilised weights, Robins, Hernán & Brumback 2000). And the share that was clipped."""
+    """(n,) q(variant | stratum) / propensity, so that within a stratum exposures count as if they had not looked at the
+    user; at most MAX_WEIGHT. And the share that was clipped.
+
+    q(v) ∝ 1 / E[1/P(v | user)] makes the variance of such weights the least possible: Σ q(v)² E[1/P(v | user)] is, for
+    a given Σ q(v). It is what overlap weights (Li & Li 2019, doi:10.1214/19-AOAS1282) are to groups, and far from the
+    shares that were shown (stabilised weights) where a model shows some variants to most and the rest by chance.
+    """
     ones = np.ones(len(log))
     if log.propensity is None:
         if dependent is None:
@@ -235,9 +244,20 @@ def _correction(log: Log, stratum: Codes, dependent: bool | None) -> tuple[Float
     if (high <= low * CONSTANT).all() and len(pairs) < len(log):
         return ones, 0.0
     _require_floor(log, pairs // log.n_variants, stratum)
-    marginal = sums(pair, log.count)[pair] / sums(stratum, log.count)[stratum]
-    raw = marginal / log.propensity
+    inverse = log.count / log.propensity
+    share = sums(pair, inverse) / sums(pair, inverse / log.propensity)
+    raw = share[pair] / log.propensity
     return np.minimum(raw, MAX_WEIGHT), float(log.count[raw > MAX_WEIGHT].sum() / log.count.sum())
+
+
+def _information(log: Log, correction: Floats) -> Floats:
+    """(n,) Kish's ratio of the row's bucket, Σw / Σw²: buckets count by as many exposures as theirs are worth, or one
+    with few and large weights would drown one that was drawn uniformly."""
+    if log.bucket is None:
+        return np.ones(len(log))
+    weight = log.weight * correction
+    once, twice = sums(log.bucket, log.count * weight), sums(log.bucket, log.count * weight**2)
+    return np.divide(once, twice, out=np.ones_like(once), where=twice > 0)[log.bucket]
 
 
 def _require_floor(log: Log, cell_of_pair: Codes, stratum: Codes) -> None:

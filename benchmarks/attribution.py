@@ -1,8 +1,10 @@
 """How true insights are, on worlds whose preferences are known: recall, false discoveries, coverage, null worlds.
 
 Worlds have eight correlated user features (numbers and choices), materials that carry two tags each, and planted
-preferences of odds ratios 1.2–2 between halves of the users; logs are 200,000 exposures of the random bucket. All
-numbers are simulated. `--out FILE` keeps a line of JSON per world, and a second run goes on where the first stopped.
+preferences of odds ratios 1.2–2 between halves of the users; logs are 200,000 exposures of the random bucket. `--twin`
+adds logs of a model bucket (share epsilon at random, propensities logged) beside the random twin of the same people.
+All numbers are simulated. `--methods` says which methods are judged; `--out FILE` keeps a line of JSON per world and
+method, and a second run goes on where the first stopped.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,17 +29,22 @@ from scipy.special import expit
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # this file has the name of the package
 
-from attribution.coding import code
-from attribution.insights import attribute_coded, without_noise
-from kaleidoscope.log import Log
+from attribution.coding import Coded, code
+from attribution.insights import STATISTICS, Diagnostics, Insight, attribute_coded, halves, without_noise
+from attribution.screening import screen
+from kaleidoscope.log import Codes, Floats, Log
 from kaleidoscope.log_schema import LogSchema
-from kaleidoscope.simulation import Population, PopulationSpec
+from kaleidoscope.simulation import People, Population, PopulationSpec
 
 SLOTS = {"copy": ("tone", "urgency"), "image": ("style", "colour"), "layout": ("density", "button")}
 MATERIALS = 6  # of each slot
 VALUES = 3  # of each tag dimension
 RATIOS = (1.2, 2.0)  # odds ratios between the halves
 POWER = 0.9
+EPSILON = 0.1  # of a model bucket, shown at random
+ERROR = 0.15  # of its model, in the logit
+SLICE = 20_000
+CLEAR = 2.0  # standard errors that a twin's insight should be off 0 in the model bucket, to be asked for its sign
 
 FEATURES: list[dict[str, Any]] = [
     {"name": "age", "quantiles": [18, 25, 32, 41, 53, 75]},
@@ -61,7 +69,7 @@ CORRELATIONS = [
 class Variant:
     id: str
     materials: dict[str, str]
-    tags: dict[str, tuple[str, ...]]
+    tags: Mapping[str, tuple[str, ...]]
 
 
 def variants(seed: int) -> list[Variant]:
@@ -94,14 +102,21 @@ def population(seed: int, interactions: int, base_ctr: float = 0.05) -> Populati
     return Population(PopulationSpec.model_validate(spec), seed)
 
 
-def planted(seed: int, interactions: int, rows: int) -> tuple[Log, NDArray[np.float64], set[tuple[str, str]]]:
+def planted(seed: int, interactions: int, rows: int) -> tuple[Log, Floats, set[tuple[str, str]]]:
     """A log of the random bucket, the click probabilities of its exposures, and the pairs that interact in truth."""
     world, shown, rng = population(seed, interactions), variants(seed), np.random.default_rng([seed, 11])
     scene, people = world.scene(shown), world.people(rows)
     variant = rng.integers(0, len(shown), rows)
     probability = expit(scene.click_logit_of(people, variant))
-    columns: dict[str, Any] = {}
-    for feature in world.spec.features:
+    return log_of(people, shown, variant, rng.random(rows) < probability), probability, world.planted_pairs()
+
+
+def log_of(
+    people: People, shown: Sequence[Variant], variant: Codes, click: NDArray[np.bool_], propensity: Floats | None = None
+) -> Log:
+    """One exposure of each of these people, in memory."""
+    rows, columns = len(variant), dict[str, Any]()
+    for feature in people.spec.features:
         values, mask = people.values[feature.name], ~people.known[feature.name]
         if feature.quantiles is not None:
             columns[feature.name] = pa.array(values, mask=mask)
@@ -111,104 +126,374 @@ def planted(seed: int, interactions: int, rows: int) -> tuple[Log, NDArray[np.fl
     dimensions = [d for of_slot in SLOTS.values() for d in of_slot]
     table: dict[str, Any] = {"variant_id": [v.id for v in shown]}
     table |= {d: [list(v.tags[d]) for v in shown] for d in dimensions}
-    log = Log(
-        path=Path("planted"), schema=LogSchema(label="click", user=tuple(columns), variant=tuple(dimensions)),
-        columns=columns, reward=(rng.random(rows) < probability).astype(np.float32), count=np.ones(rows),
+    schema = LogSchema(
+        label="click",
+        user=tuple(columns),
+        variant=tuple(dimensions),
+        propensity="p" if propensity is not None else None,
+    )
+    return Log(
+        path=Path("planted"), schema=schema, columns=columns, reward=click.astype(np.float32), count=np.ones(rows),
         weight=np.ones(rows), variant=variant, variants=pa.table(table), unit=np.arange(rows), group=None, groups=None,
-        product=None, products=None, propensity=None, time=None, file_row=np.arange(rows), file_rows=rows,
+        product=None, products=None, bucket=None, buckets=None, propensity=propensity, time=None,
+        file_row=np.arange(rows), file_rows=rows,
     )  # fmt: skip
-    return log, probability, world.planted_pairs()
 
 
-def measure(seed: int, interactions: int, rows: int) -> dict[str, Any]:
-    """What was found in one world, and how true it is."""
+# ── methods ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a method found on a log whose click probabilities are known."""
+
+    insights: Sequence[Insight]
+    diagnostics: Diagnostics
+    used: Coded  # the exposures that its intervals are about
+    alone: Floats  # (m,) what the examined estimate
+    joint: Floats  # (K,) what the insights estimate
+
+
+def _statistics(coded: Coded, probability: Floats) -> Judged:
+    found = attribute_coded(coded)
+    return Judged(found.insights, found.diagnostics, coded, *without_noise(coded, probability, found.diagnostics))
+
+
+def _preference(coded: Coded, probability: Floats) -> Judged:
+    from attribution import preference
+
+    found = preference.preferences(coded)
+    return Judged(
+        found.insights, found.diagnostics, coded, *preference.without_noise(coded, probability, found)
+    )  # fmt: skip
+
+
+def _grid(coded: Coded, probability: Floats) -> Judged:
+    from attribution import grid
+
+    found = grid.grid(coded)
+    return Judged(found.insights, found.diagnostics, coded, *grid.without_noise(coded, probability, found))
+
+
+def _ebm(coded: Coded, probability: Floats) -> Judged:
+    from attribution.ebm import ebm
+
+    return _confirmed(ebm(coded), coded, probability)
+
+
+def _contributions(coded: Coded, probability: Floats) -> Judged:
+    from attribution.contributions import lightgbm_contributions
+
+    return _confirmed(lightgbm_contributions(coded), coded, probability)
+
+
+def _confirmed(found: Any, coded: Coded, probability: Floats) -> Judged:
+    """Of a method that discovers on one half of the units and confirms on the other."""
+    used, known = halves(coded)[1], halves(replace(coded, reward=probability))[1].reward
+    return Judged(found.insights, found.diagnostics, used, *without_noise(used, known, found.diagnostics))
+
+
+METHODS: dict[str, Callable[[Coded, Floats], Judged]] = {
+    STATISTICS: _statistics, "preference": _preference, "grid": _grid, "ebm": _ebm, "contributions": _contributions,
+}  # fmt: skip
+CONSENSUS = "consensus"
+
+
+def measure(
+    seed: int, interactions: int, rows: int, methods: Sequence[str] = (STATISTICS,)
+) -> dict[str, dict[str, Any]]:
+    """What each method found in one world, and how true it is."""
     log, probability, truth = planted(seed, interactions, rows)
-    start = time.perf_counter()
     coded = code(log, dependent=False)
-    result = attribute_coded(coded)
-    seconds = time.perf_counter() - start
-    d, examined = result.diagnostics, result.diagnostics.examined
-    alone, joint = without_noise(coded, probability, d)
-    found = [{(f, dimension) for f in i.segment for dimension in i.tag} for i in result.insights]
-    true = [bool(pairs & truth) for pairs in found]
-    known = np.isfinite(alone)
-    low, high = examined.interval()
-    covered = ((low <= alone) & (alone <= high))[known]
-    reported = [
-        bool(np.expm1(g) >= i.ci_low - 1e-9 and np.expm1(g) <= i.ci_high + 1e-9)
-        for g, i in zip(joint, result.insights, strict=True)
-        if np.isfinite(g)
-    ]
-    power = np.zeros(len(alone))
-    power[known] = stats.norm.sf(examined.search.threshold - np.abs(alone / examined.se))[known]
-    able: dict[tuple[str, str], float] = {}
-    for segment, tag, p in zip(examined.segments, examined.tags, power, strict=True):
-        for dimension in coded.tags[tag].dimensions & {d for f, d in truth if f == segment.field}:
-            able[segment.field, dimension] = max(able.get((segment.field, dimension), 0.0), float(p))
-    strong = [pair for pair, p in able.items() if p >= POWER]
     return {
-        "seed": seed, "interactions": interactions, "rows": rows, "seconds": seconds, "examined": len(alone),
-        "insights": len(found), "false": len(true) - sum(true),
-        "families": len({min(pairs) for pairs in found}),
-        "false_families": len({min(pairs) for pairs, ok in zip(found, true, strict=True) if not ok}),
-        "strong": len(strong), "recalled": sum(any(pair in pairs for pairs in found) for pair in strong),
-        "covered": int(covered.sum()), "coverable": len(covered),
-        "reported_covered": sum(reported), "reported": len(reported),
+        method: {"method": method, "seed": seed, "interactions": interactions, "rows": rows}
+        | judge(METHODS[method], coded, probability, truth)
+        for method in methods
+    }
+
+
+def judge(
+    method: Callable[[Coded, Floats], Judged], coded: Coded, probability: Floats, truth: set[tuple[str, str]]
+) -> dict[str, Any]:
+    """The figures of one method in one world."""
+    start = time.perf_counter()
+    result = method(coded, probability)  # with the little that it takes to know the truth
+    seconds = time.perf_counter() - start
+    examined = result.diagnostics.examined
+    known = np.isfinite(result.alone)
+    low, high = examined.interval()
+    covered = ((low <= result.alone) & (result.alone <= high))[known]
+    found = [
+        {
+            "segment": dict(i.segment), "tag": dict(i.tag), "effect": i.effect, "ci_low": i.ci_low,
+            "ci_high": i.ci_high, "q_value": i.q_value, "n": i.n, "preference": i.preference,
+            "true": bool(pairs_of(i) & truth), "several": len(i.segment) > 1 or i.crossed,
+            "covered": bool(i.ci_low - 1e-9 <= np.expm1(g) <= i.ci_high + 1e-9) if np.isfinite(g) else None,
+        } for i, g in zip(result.insights, result.joint, strict=True)
+    ]  # fmt: skip
+    strong = sorted(strong_pairs(result, probability, coded, truth))
+    recalled = [pair for pair in strong if any(pair in pairs_of(i) for i in result.insights)]
+    return {
+        "seconds": seconds, "examined": len(result.alone), "covered": int(covered.sum()), "coverable": len(covered),
+        "strong": strong, "recalled": recalled, "found": found,
     }  # fmt: skip
 
 
+def pairs_of(insight: Insight) -> set[tuple[str, str]]:
+    """The (user field, tag dimension) pairs an insight speaks about."""
+    return {(field, dimension) for field in insight.segment for dimension in insight.tag}
+
+
+def strong_pairs(
+    result: Judged, probability: Floats, coded: Coded, truth: set[tuple[str, str]]
+) -> set[tuple[str, str]]:
+    """Planted pairs of which the method had power ≥ POWER for some segment × tag, under the threshold it used.
+
+    A method that confirms what it discovered elsewhere has looked at candidates only; for what it did not propose the
+    threshold is the middle one of those it did (of a single test, where it proposed nothing), so that missing an effect
+    in the discovery counts as missing it.
+    """
+    examined, alone = result.diagnostics.examined, result.alone
+    threshold = examined.search.threshold
+    cells = list(zip(examined.segments, examined.tags, strict=True))
+    if result.used is not coded:
+        every = screen(result.used).examined
+        known = halves(replace(coded, reward=probability))[1].reward
+        alone = without_noise(result.used, known, replace(result.diagnostics, examined=every, selected=()))[0]
+        other = float(np.median(threshold)) if len(threshold) else float(stats.norm.isf(0.025))
+        own = dict(zip(cells, threshold, strict=True))
+        cells = list(zip(every.segments, every.tags, strict=True))
+        threshold, examined = np.array([own.get(cell, other) for cell in cells]), every
+    fields = {field.name for field in coded.fields}
+    strong: set[tuple[str, str]] = set()
+    for (segment, tag), bar, value, se in zip(cells, threshold, alone, examined.se, strict=True):
+        if segment.field not in fields or tag >= len(coded.tags) or not np.isfinite(value):
+            continue  # of several fields or dimensions: no such effect is planted
+        if stats.norm.sf(bar - abs(value / se)) >= POWER:
+            strong |= {(segment.field, dimension) for dimension in coded.tags[tag].dimensions} & truth
+    return strong
+
+
+def agreed(of_world: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The consensus of the figures of methods; strong is what the statistics, or two of them, had power for."""
+    from attribution.consensus import consensus
+
+    by_method = {method: [insight_of(entry, method) for entry in f["found"]] for method, f in of_world.items()}
+    entries = {(m, *key_of(entry)): entry for m, f in of_world.items() for entry in f["found"]}
+    found = [entries[one.insight.methods[0], *key_of(one.insight)] for one in consensus(by_method)]
+    voices = [(m, tuple(pair)) for m, f in of_world.items() for pair in f["strong"]]
+    count = Counter(pair for m, pair in voices for _ in range(2 if m == STATISTICS else 1))
+    strong = sorted(pair for pair, methods in count.items() if methods >= 2)
+    spoken = {(field, d) for entry in found for field in entry["segment"] for d in entry["tag"]}
+    first = next(iter(of_world.values()))
+    return {
+        "method": CONSENSUS, **{key: first[key] for key in ("seed", "interactions", "rows")},
+        "seconds": 0.0, "examined": 0, "covered": 0, "coverable": 0,
+        "strong": strong, "recalled": [pair for pair in strong if pair in spoken], "found": found,
+    }  # fmt: skip
+
+
+def insight_of(entry: Mapping[str, Any], method: str) -> Insight:
+    """The insight that an entry of the figures tells of."""
+    names = ("segment", "tag", "effect", "preference", "ci_low", "ci_high", "q_value", "n")
+    return Insight(**{name: entry[name] for name in names}, methods=(method,), crossed=entry["several"])
+
+
+def key_of(found: Any) -> tuple[Any, ...]:
+    """Segment and tag of an insight or an entry."""
+    segment, tag = (found["segment"], found["tag"]) if isinstance(found, dict) else (found.segment, found.tag)
+    return tuple(sorted(segment.items())), tuple(sorted(tag.items()))
+
+
+# ── a model bucket and its random twin ──────────────────────────────────────────────────────────────────────────────
+
+
+def twins(seed: int, interactions: int, rows: int, epsilon: float) -> tuple[Log, Log, Floats, set[tuple[str, str]]]:
+    """A log of variants that a model chose, but for a share epsilon at random; the log of its twin, in which the same
+    people saw variants at random; the twin's click probabilities; and the pairs that interact in truth.
+
+    The model knows the true logits but for an error of sd ERROR in what a variant is to each value of one user feature,
+    as if it had learnt from a finite log.
+    """
+    world, shown, rng = population(seed, interactions), variants(seed), np.random.default_rng([seed, 13])
+    scene, people = world.scene(shown), world.people(rows)
+    at_random, best = rng.integers(0, len(shown), rows), np.empty(rows, np.int64)
+    error = rng.normal(0, ERROR, (8, len(shown)))
+    channel = people.values["channel"].astype(np.int64)
+    for start in range(0, rows, SLICE):
+        some = np.arange(start, min(start + SLICE, rows))
+        best[some] = (scene.click_logit(people.take(some)) + error[channel[some]]).argmax(axis=1)
+    chosen = np.where(rng.random(rows) < epsilon, rng.integers(0, len(shown), rows), best)
+    propensity = epsilon / len(shown) + (1 - epsilon) * (chosen == best)
+    p_chosen, p_random = (expit(scene.click_logit_of(people, v)) for v in (chosen, at_random))
+    model = log_of(people, shown, chosen, rng.random(rows) < p_chosen, propensity)
+    uniform = log_of(people, shown, at_random, rng.random(rows) < p_random)
+    return model, uniform, p_random, world.planted_pairs()
+
+
+def compare_twins(seed: int, interactions: int, rows: int, epsilon: float = EPSILON) -> dict[str, Any]:
+    """What a model bucket says beside its random twin: whether it gives the twin's insights the same signs, whether its
+    intervals hold what the twin estimates, and how wide they are, beside what its effective sample size implies."""
+    model, uniform, probability, truth = twins(seed, interactions, rows, epsilon)
+    coded, twin = code(model, dependent=True), code(uniform, dependent=False)
+    found, other = attribute_coded(coded), attribute_coded(twin)
+    ours, theirs = found.diagnostics, other.diagnostics
+    at = {pair: i for i, pair in enumerate(zip(theirs.examined.segments, theirs.examined.tags, strict=True))}
+    expected = screen(replace(twin, reward=probability)).examined
+    of = dict(zip(zip(expected.segments, expected.tags, strict=True), expected.gamma, strict=True))
+    low, high = ours.examined.interval()
+    cells = [
+        (i, at[pair], of[pair])
+        for i, pair in enumerate(zip(ours.examined.segments, ours.examined.tags, strict=True))
+        if pair in at and pair in of
+    ]
+    mine, its, true = (np.array(column) for column in zip(*cells, strict=True))
+    mine, its = mine.astype(np.int64), its.astype(np.int64)
+    wider = ours.examined.se[mine] / theirs.examined.se[its]
+    reported = np.isin(its, [at[pair] for pair in theirs.selected])
+    reported &= np.abs(theirs.examined.z[its]) >= CLEAR * wider  # otherwise the model bucket can hardly tell the sign
+    signs = np.sign(ours.examined.gamma[mine]) == np.sign(theirs.examined.gamma[its])
+    return {
+        "method": "twin", "seed": seed, "interactions": interactions, "rows": rows,
+        "effective_share": ours.effective_share, "clipped": ours.clipped,
+        "width": float(np.median(wider)), "implied": float(ours.effective_share**-0.5),
+        "signed": int(reported.sum()), "same_sign": int(signs[reported].sum()),
+        "covered": int(((low[mine] <= true) & (true <= high[mine])).sum()), "coverable": len(true),
+        "insights": len(found.insights), "of_twin": len(other.insights),
+        "false": sum(not pairs_of(i) & truth for i in found.insights),
+    }  # fmt: skip
+
+
+# ── the whole ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every world, print a table."""
+    """Measure every world, print tables."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, CONSENSUS], default=[*METHODS, CONSENSUS])
     parser.add_argument("--worlds", type=int, default=20)
     parser.add_argument("--null-worlds", type=int, default=100)
+    parser.add_argument(
+        "--twin", type=int, default=0, metavar="WORLDS", help="worlds in which a model bucket is judged"
+    )
     parser.add_argument("--interactions", type=int, default=6)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--null-rows", type=int, default=50_000)
-    parser.add_argument("--out", type=Path, help="keep the figures there, a line of JSON per world; go on from them")
+    parser.add_argument("--out", type=Path, help="keep the figures there, a line of JSON each; go on from them")
     args = parser.parse_args(arguments)
-    known: dict[tuple[int, ...], dict[str, Any]] = {}
-    if args.out and args.out.exists():
-        for line in args.out.read_text(encoding="utf-8").splitlines():
-            figures = json.loads(line)
-            known[figures["interactions"], figures["rows"], figures["seed"]] = figures
+    kept = _Kept(args.out)
+    methods = [m for m in args.methods if m != CONSENSUS]
     wanted = [(args.interactions, args.rows, s) for s in range(args.worlds)]
     wanted += [(0, args.null_rows, 1_000 + s) for s in range(args.null_worlds)]
     for interactions, rows, seed in wanted:
-        if (interactions, rows, seed) not in known:
-            figures = measure(seed, interactions, rows)
-            known[interactions, rows, seed] = figures
-            if args.out:
-                with args.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(figures) + "\n")
-    worlds = [known[key] for key in wanted if key[0]]
-    nulls = [known[key] for key in wanted if not key[0]]
-    if worlds:
-        summarise(worlds)
-    if nulls:
-        found = sum(f["insights"] > 0 for f in nulls)
-        share, limit = found / len(nulls), 0.05 + 2 * (0.05 * 0.95 / len(nulls)) ** 0.5
-        covered = sum(f["covered"] for f in nulls) / max(sum(f["coverable"] for f in nulls), 1)
-        print(f"null worlds {len(nulls)}: something found in {share:.3f} (at most {limit:.3f}); coverage {covered:.4f}")
+        missing = [m for m in methods if (m, interactions, rows, seed) not in kept.figures]
+        for figures in measure(seed, interactions, rows, missing).values() if missing else ():
+            kept.add(figures)
+    for seed in range(args.twin):
+        if ("twin", args.interactions, args.rows, seed) not in kept.figures:
+            kept.add(compare_twins(seed, args.interactions, args.rows))
+    for method in args.methods:
+        of_worlds = [
+            agreed({m: kept.figures[m, *key] for m in methods}) if method == CONSENSUS else kept.figures[method, *key]
+            for key in wanted
+        ]
+        print(f"── {method}")
+        summarise([f for f in of_worlds if f["interactions"]])
+        summarise_nulls([f for f in of_worlds if not f["interactions"]])
+    summarise_twins([kept.figures["twin", args.interactions, args.rows, s] for s in range(args.twin)])
+
+
+class _Kept:
+    """Figures by (method, interactions, rows, seed), in a file too."""
+
+    def __init__(self, out: Path | None) -> None:
+        self.out, self.figures = out, dict[tuple[Any, ...], dict[str, Any]]()
+        for line in out.read_text(encoding="utf-8").splitlines() if out and out.exists() else ():
+            self._keep(json.loads(line))
+
+    def _keep(self, figures: dict[str, Any]) -> None:
+        self.figures[tuple(figures[key] for key in ("method", "interactions", "rows", "seed"))] = figures
+
+    def add(self, figures: dict[str, Any]) -> None:
+        """A line more."""
+        line = json.dumps(figures)
+        self._keep(json.loads(line))  # tuples are lists there
+        if self.out:
+            with self.out.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 def summarise(worlds: Sequence[dict[str, Any]]) -> None:
+    """A line per world, and what the issue asks for."""
+    if not worlds:
+        return
     print(" seed seconds examined insights false families false strong recalled coverage of reported")
+    total: Counter[str] = Counter()
+    shares = []
     for f in worlds:
+        false = [entry for entry in f["found"] if not entry["true"]]
+        families, wrong = ({family_of(entry) for entry in entries} for entries in (f["found"], false))
+        told = [entry["covered"] for entry in f["found"] if entry["covered"] is not None]
+        figures = {
+            "insights": len(f["found"]), "false": len(false), "families": len(families), "wrong": len(wrong),
+            "strong": len(f["strong"]), "recalled": len(f["recalled"]), "told": len(told), "held": sum(told),
+            "covered": f["covered"], "coverable": f["coverable"],
+            "several": sum(entry["several"] for entry in f["found"]),
+        }  # fmt: skip
+        total.update(figures)
+        shares.append((len(false) / max(len(f["found"]), 1), len(wrong) / max(len(families), 1)))
+        coverage = f"{f['covered'] / f['coverable']:>8.4f}" if f["coverable"] else f"{'':>8}"
         print(
-            f"{f['seed']:>5} {f['seconds']:>7.1f} {f['examined']:>8} {f['insights']:>8} {f['false']:>5} "
-            f"{f['families']:>8} {f['false_families']:>5} {f['strong']:>6} {f['recalled']:>8} "
-            f"{f['covered'] / f['coverable']:>8.4f} {f['reported_covered']:>4} of {f['reported']}"
+            f"{f['seed']:>5} {f['seconds']:>7.1f} {f['examined']:>8} {figures['insights']:>8} {len(false):>5} "
+            f"{len(families):>8} {len(wrong):>5} {figures['strong']:>6} {figures['recalled']:>8} {coverage} "
+            f"{sum(told):>4} of {len(told)}"
         )
-    total = {key: sum(f[key] for f in worlds) for key in worlds[0]}
-    share = np.mean([f["false"] / max(f["insights"], 1) for f in worlds])
-    families = np.mean([f["false_families"] / max(f["families"], 1) for f in worlds])
+    of_insights, of_families = np.mean(shares, axis=0)
+    coverage = f"{total['covered'] / total['coverable']:.4f} over all examined, " if total["coverable"] else ""
     print(
         f"recall {total['recalled'] / max(total['strong'], 1):.3f} of {total['strong']} with power ≥ {POWER}; "
-        f"false discoveries {share:.3f} of insights, {families:.3f} of (field, dimension); coverage "
-        f"{total['covered'] / total['coverable']:.4f} over all examined, "
-        f"{total['reported_covered'] / max(total['reported'], 1):.4f} of {total['reported']} reported"
+        f"false discoveries {of_insights:.3f} of insights, {of_families:.3f} of (field, dimension), mean of "
+        f"{len(worlds)} worlds; {total['several']} of {total['insights']} of several fields or dimensions at once, "
+        f"where none is planted; coverage {coverage}{total['held'] / max(total['told'], 1):.4f} of {total['told']} "
+        f"reported; {np.mean([f['seconds'] for f in worlds]):.1f} s a world"
     )
+
+
+def family_of(entry: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The fields and dimensions of an entry."""
+    return tuple(sorted(entry["segment"])), tuple(sorted(entry["tag"]))
+
+
+def summarise_nulls(worlds: Sequence[dict[str, Any]]) -> None:
+    """In how many worlds without preferences something is found."""
+    if not worlds:
+        return
+    share = sum(bool(f["found"]) for f in worlds) / len(worlds)
+    limit = 0.05 + 2 * (0.05 * 0.95 / len(worlds)) ** 0.5
+    examined = sum(f["coverable"] for f in worlds)
+    coverage = f"; coverage {sum(f['covered'] for f in worlds) / examined:.4f}" if examined else ""
+    print(f"null worlds {len(worlds)}: something found in {share:.3f} (at most {limit:.3f}){coverage}")
+
+
+def summarise_twins(worlds: Sequence[dict[str, Any]]) -> None:
+    """What model buckets say beside their twins."""
+    if not worlds:
+        return
+    print("── model bucket beside its random twin")
+    print(" seed effective clipped width implied same sign coverage insights false of twin")
+    for f in worlds:
+        print(
+            f"{f['seed']:>5} {f['effective_share']:>9.3f} {f['clipped']:>7.4f} {f['width']:>5.2f} {f['implied']:>7.2f} "
+            f"{f['same_sign']:>4} of {f['signed']:>3} {f['covered'] / f['coverable']:>7.4f} {f['insights']:>8} "
+            f"{f['false']:>5} {f['of_twin']:>7}"
+        )
+    total = Counter[str]()
+    for f in worlds:
+        total.update({key: f[key] for key in ("same_sign", "signed", "covered", "coverable")})
+    width = np.mean([f["width"] / f["implied"] for f in worlds])
+    signs = f"{total['same_sign']} of {total['signed']}"
+    coverage = total["covered"] / total["coverable"]
+    print(f"sign of the twin's insights {signs}; coverage {coverage:.4f}; width over implied {width:.3f}")
 
 
 if __name__ == "__main__":

@@ -144,6 +144,88 @@ def train(
 
 
 @app.command()
+def attribute(
+    source: Annotated[str, typer.Argument(metavar="SCENE|LOG", help="Id of a scene; with --schema, a log.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", file_okay=False, help="Folder for the report. Default: KALEIDOSCOPE_REPORTS_DIR/…"),
+    ] = None,
+    schema: Annotated[
+        Path | None, typer.Option("--schema", exists=True, dir_okay=False, help="What a log's columns mean (YAML).")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Whose reasons to show beside: a version, a folder. Default: the champion."),
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option("--from", metavar="TIME", help="A scene's exposures from then on.")
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option("--until", metavar="TIME", help="A scene's exposures before then.")
+    ] = None,
+    business: Annotated[
+        str | None, typer.Option("--business", help="The business to work in. Default: KALEIDOSCOPE_BUSINESS.")
+    ] = None,
+    simulated: Annotated[
+        bool, typer.Option("--simulated", help="Say that the numbers are simulated, as in a demo.")
+    ] = False,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find out who prefers which telling, by every method, and whether a lift may be trusted; write the report."""
+    from kaleidoscope.operator_cli.frame import moment_in
+    from kaleidoscope.settings import load_settings
+
+    settings = load_settings()
+    seed = settings.seed if seed is None else seed
+    start, end = moment_in("--from", since), moment_in("--until", until)
+    within = business or settings.business
+    if schema is None:
+        if Path(source).is_file():
+            raise InputError(f"attribute: {source} is a file. Say what its columns mean: `--schema SCHEMA.yaml`.")
+        if within is None:
+            raise InputError("name the business to work in: `--business NAME`, or KALEIDOSCOPE_BUSINESS")
+    elif start or end or out is None:
+        what = "--out, the folder for the report, is needed" if out is None else "--from and --until are for scenes"
+        raise InputError(f"attribute: with a log, {what}.")
+    _limit_threads(settings.threads)
+    with _job_output(as_json) as progress:
+        from kaleidoscope.commands.attribute import attribute_log, attribute_scene
+
+        if schema is not None and out is not None:
+            summary = attribute_log(
+                Path(source),
+                schema,
+                out,
+                model=None if model is None else Path(model),
+                seed=seed,
+                progress=progress,
+                simulated=simulated,
+            )
+        else:
+            assert within is not None
+            out = out or settings.reports_dir / within / source
+            summary = attribute_scene(
+                settings,
+                business=within,
+                scene=source,
+                out_dir=out,
+                model=model,
+                since=start,
+                until=end,
+                seed=seed,
+                progress=progress,
+                simulated=simulated,
+            )
+    if as_json:
+        _print_json(summary)
+    else:
+        from kaleidoscope.commands.attribute import said
+
+        print_lines(*said(summary), f"Report: {out / 'report.html'}")
+
+
+@app.command()
 def simulate(
     out: Annotated[Path, typer.Option("--out", file_okay=False, help="Folder for the log, its schema and the report.")],
     rows: Annotated[int, typer.Option("--rows", min=1_000, help="Exposures to simulate.")] = 200_000,

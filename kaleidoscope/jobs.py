@@ -95,6 +95,15 @@ JOB_KINDS: Mapping[str, JobKind] = {
         every=timedelta(days=1),
         heavy=True,
     ),
+    "attribute": JobKind(
+        lambda business, given: _ours("attribute", given["scene"], "--business", business),
+        needs=("scene",),
+        timeout_s=3600,
+        attempts=2,
+        delay=timedelta(minutes=5),
+        every=timedelta(days=7),
+        heavy=True,
+    ),
     "compact": JobKind(
         lambda business, _: _ours("events", "compact", "--business", business), every=timedelta(hours=1)
     ),

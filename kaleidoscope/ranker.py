@@ -226,6 +226,31 @@ class Ranker:
             parts.append(Contribution("deep", None, None, None, None, float(found["deep"][0, variant])))
         return sorted((p for p in parts if p.logit or p.part == "intercept"), key=lambda p: -abs(p.logit))
 
+    def pair_terms(self, features: Features, side: VariantSide, variant: NDArray[np.int64]) -> Float32s:
+        """The exact field × dimension terms of `variant` (n,) for n users, or for one user: (n, F, D).
+
+        Fields and dimensions are those of the encoder. Over all of them the terms add up to what `explain` calls
+        interactions, and what fields and dimensions have no terms for is 0.
+        """
+        encoder, rows = self.signature.encoder, (*self.signature.crossed_fields, *self.signature.crossed_numbers)
+        columns = np.array(self.signature.crossed_tags, dtype=np.int64)
+        out = np.zeros((len(variant), len(encoder.fields), len(encoder.dimensions)), np.float32)
+        if not rows or not len(columns) or not len(variant):
+            return out
+        of_dimension = np.zeros((len(columns), len(encoder.dimensions)), np.float32)
+        owner = np.repeat(np.arange(len(encoder.dimensions)), [d.size for d in encoder.dimensions])
+        of_dimension[np.arange(len(columns)), owner[columns]] = 1.0
+        carried = side.tags[:, columns]
+        few = VariantSide((), side.tags[:0], side.effects[:, :0], {k: a[..., :0] for k, a in side.arrays.items()})
+        step = max(1, CELLS // (len(rows) * len(columns)))
+        for at in (slice(i, i + step) for i in range(0, len(variant), step)):
+            some = features if len(features) == 1 else features.take(at)
+            terms = self.user_graph.run(["terms"], self._inputs(some, few, explore=False))[0]  # (1 or b, S, T)
+            found = (terms * carried[variant[at]].toarray()[:, None, :]) @ of_dimension  # (b, S, D)
+            for s, position in enumerate(rows):  # a field's bucket and its number count as one
+                out[at, position] += found[:, s]
+        return out
+
     def _of_user(self, one: Features, terms: Float32s) -> Iterator[Contribution]:
         """`terms`: per field, per number, per pair of fields."""
         encoder = self.signature.encoder

@@ -457,7 +457,7 @@ class _Loop:
     def preferences(self) -> dict[str, Any]:
         """Who prefers what, from the exposures that training has read."""
         with tempfile.TemporaryDirectory(prefix="kaleidoscope-demo-") as scratch:
-            log, _, _ = read_exposures_of(self.settings, BUSINESS, self.scene_id, Path(scratch))
+            log = read_exposures_of(self.settings, BUSINESS, self.scene_id, Path(scratch)).log
         return preferences_of(log, self.scene)
 
     def release_model(self, version: str) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from attribution.insights import Insight, attribute, ends_of
+from attribution.insights import Insight, attribute
 from kaleidoscope.log import Log
 from kaleidoscope.simulation import People, Population, SimulatedScene
 from kaleidoscope.simulation.spec import RandomInteractions, pairs_of
+from kaleidoscope.wording import ends_of
 
 ASKED = 5_000  # simulated users who are asked what they like in truth
 LEAST = 0.05  # in the logit, from which on a planted difference has a sign that an insight may have, or not

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -19,6 +20,17 @@ from kaleidoscope.scenes import get_scene
 from kaleidoscope.settings import Settings
 
 
+@dataclass(frozen=True)
+class Exposures:
+    """What was read of a scene, or of all scenes of a business."""
+
+    log: Log
+    left_out: dict[str, int]  # exposures by why they are not in it
+    hash: str  # of what was read
+    releases: tuple[int, ...]  # of one scene, that its exposures are of
+    taxonomy: int | None  # number of the version that the tags are of: the newest release's
+
+
 def read_exposures_of(
     settings: Settings,
     business: str,
@@ -28,12 +40,13 @@ def read_exposures_of(
     control: bool = False,
     since: datetime | None = None,
     until: datetime | None = None,
-) -> tuple[Log, dict[str, int], str]:
-    """The exposures that may be learned from as a log, those left out by reason, and the hash of what was read.
+) -> Exposures:
+    """The exposures that may be learned from, as a log.
 
     `control`: with those of that bucket too. First seen from `since` on and before `until`.
     """
     caller = operator(settings.user or "kaleidoscope", business)
+    taxonomies: dict[int, int] = {}  # release → version
     with existing_database(settings.database_url) as database, existing_database(settings.log_url) as log_database:
         with database.transaction(caller, write=False) as session:
             get_business(session)
@@ -42,7 +55,9 @@ def read_exposures_of(
 
         def describe(of: str, number: int) -> Mapping[str, Shown]:
             with database.transaction(caller, write=False) as session:
-                return shown_in(verify(get_release(session, of, number)))
+                content = verify(get_release(session, of, number))
+            taxonomies[number] = content.taxonomy
+            return shown_in(content)
 
         written = contract_log(
             log_database,
@@ -58,7 +73,13 @@ def read_exposures_of(
     digest = hashlib.sha256()
     for path in (written.path, written.schema):
         digest.update(path.read_bytes())
-    return read_log(written.path, read_schema(written.schema)), written.left_out, digest.hexdigest()
+    return Exposures(
+        log=read_log(written.path, read_schema(written.schema)),
+        left_out=written.left_out,
+        hash=digest.hexdigest(),
+        releases=() if scene is None else tuple(sorted(taxonomies)),
+        taxonomy=taxonomies[max(taxonomies)] if scene is not None and taxonomies else None,
+    )
 
 
 def existing_database(url: str) -> Database:

@@ -93,7 +93,8 @@ def run_train(
     home = registry.home_of(settings, business)
     with tempfile.TemporaryDirectory(prefix="kaleidoscope-train-") as scratch:
         with clock("read"):
-            log, left_out, log_hash = read_exposures_of(settings, business, scene, Path(scratch))
+            read = read_exposures_of(settings, business, scene, Path(scratch))
+            log = read.log
         _refuse_few(log, name, min_exposures)
         with threads_for(len(log)):
             made = train(
@@ -112,7 +113,7 @@ def run_train(
         "scene": scene,
         "generic": scene is None,
         "created_at": at.isoformat(),
-        "log": _about(log) | {"hash": log_hash, "left_out": left_out},
+        "log": _about(log) | {"hash": read.hash, "left_out": read.left_out},
         "best_single": made.best_single,
         "metrics": made.metrics,
         "config": asdict(TrainConfig()) | {"folds": made.folds, "min_exposures": min_exposures},
@@ -122,7 +123,7 @@ def run_train(
         "packages": {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
     with clock("export"):
-        report = _export(made, document, home, log_hash=log_hash, at=at, seed=seed, limits=limits, clock=clock)
+        report = _export(made, document, home, log_hash=read.hash, at=at, seed=seed, limits=limits, clock=clock)
     with clock("register"):
         registry.propose(settings, business, version, by=settings.user or "train", at=at)
         mirrored = registry.mirror(settings, business, version)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kaleidoscope.operator_cli.frame import Limit, Output, Work, command, items, none_of, when, words
+from kaleidoscope.operator_cli.frame import MOST, Limit, Output, Work, command, items, none_of, pairs_in, when, words
 from kaleidoscope.terminal import fields, table
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 model_group = typer.Typer(
     name="model", help="Trained models: the gate's verdict, champion and challenger.", no_args_is_help=True
 )
+
+MOST_PARTS = 12  # of an explanation that are shown
 
 ModelName = Annotated[str, typer.Argument(metavar="VERSION", help="Version of the model, as `model list` shows it.")]
 
@@ -114,6 +116,47 @@ def model_promote(
     )
     lines += [f"Release it: `kaleidoscope release draft {scene} --model-version champion`"]
     return Output(asdict(change) | {"scene": scene, "mlflow": asdict(mirrored)}, *lines)
+
+
+@command(model_group, "explain")
+def model_explain(
+    work: Work,
+    model: ModelName,
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option("--attribute", metavar="NAME=VALUE", help="What is known of the user or the context; repeat it."),
+    ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option("--variant", metavar="ID", help="Which variant. Default: the one the model likes best."),
+    ] = None,
+    scene: Annotated[
+        str | None, typer.Option("--scene", help="Whose variants to compare, for an alias or a generic model.")
+    ] = None,
+    release: Annotated[
+        int | None, typer.Option("--release", min=1, max=MOST, help="Its variants. Default: the live release's.")
+    ] = None,
+) -> Output:
+    """Say why a model gives a variant its score for one user, against the average of the release's variants."""
+    from kaleidoscope.commands.explain import run_explain
+
+    why = run_explain(
+        work.settings, work.session, model, attributes=pairs_in("--attribute", attribute or ()), variant=variant,
+        scene=scene, release=release,
+    )  # fmt: skip
+    rows = [
+        (words(t["part"]), _is(t["field"], t["value"]), _is(t["dimension"], t["tag"]), f"{t['logit']:+.3f}")
+        for t in why["terms"][:MOST_PARTS]
+    ]
+    left = sum(t["logit"] for t in why["terms"][MOST_PARTS:])
+    rows += [(f"{len(why['terms']) - MOST_PARTS:,} smaller ones", None, None, f"{left:+.3f}")] if left else []
+    rows.append(("all, over the average variant", None, None, f"{why['score'] - why['average']:+.3f}"))
+    parts = table(("part", "user", "variant", "logit"), rows, whole=("logit",))
+    return Output(why, *why["sentences"][:-1], parts, *why["notes"], why["sentences"][-1])
+
+
+def _is(name: str | None, value: str | None) -> str | None:
+    return None if name is None else f"{name}={value}"
 
 
 def _worth_saying(url: str | None, mirrored: Any) -> bool:

@@ -24,11 +24,11 @@ def log_of(
     **given: Any,
 ) -> Log:
     """A log of these user columns, variants (a list of values per dimension), and of what `given` names besides:
-    context, group, product (text of each row), unit, propensity, count, weight."""
+    context, group, product, bucket (text of each row), unit, propensity, count, weight."""
     n, context = len(variant), dict(given.get("context", {}))
     columns = {name: _column(values) for name, values in {**user, **context}.items()}
     names: dict[str, Any] = {}
-    for role in ("group", "product"):
+    for role in ("group", "product", "bucket"):
         texts, codes = factorise(np.array(given[role], dtype=object)) if role in given else (None, None)
         names |= {role: codes, f"{role}s": None if texts is None else pa.array(texts.tolist())}
     schema = LogSchema(

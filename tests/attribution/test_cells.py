@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import reduce
 from operator import add
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.contingency_tables import StratifiedTable
 
-from attribution.cells import ANYTHING, EVERYONE, REPLICATES, Cells
+from attribution.cells import ANYTHING, EVERYONE, REPLICATES, Cells, Table
 from attribution.coding import Coded, code
 from attribution.insights import main_effects
+from kaleidoscope.errors import InputError
 from tests.attribution.logs import TAGS, Array, liking, log_of
 
 
@@ -35,7 +39,7 @@ def as_mapping(cells: Cells) -> dict[tuple[object, ...], Array]:
     return dict(zip(keys, cells.sums, strict=True))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(part=st.lists(st.integers(0, 3), min_size=400, max_size=400), seed=st.integers(0, 3))
 def test_any_split_of_the_rows_gives_the_same_sums(part: list[int], seed: int) -> None:
     coded = example(seed=seed)
@@ -57,6 +61,98 @@ def test_days_with_other_tags_and_strata_add_by_their_names() -> None:
     assert both.strata == ("a", "b")
     assert both.tags == (ANYTHING, (("tone", "calm"),), (("tone", "loud"),), (("tone", "shy"),))
     assert both.table("n")[0].tolist() == [240, 60, 120, 60]
+
+
+def test_cells_with_other_bins_or_weights_are_not_added() -> None:
+    cells = Cells.of(example())
+    later = Cells.of(example(seed=1))
+    with pytest.raises(InputError, match=r"bins of 'age' are .* here and .* there.*definitions"):
+        cells + later
+    for change, message in (
+        ({"inverse_scale": 2.0}, "different scales"), ({"period": "day"}, "periods are None here and 'day'"),
+        ({"pairs": True}, "only one of them has sums of pairs"), ({"stabilised": False}, "weighted in different ways"),
+        ({"fields": ()}, r"user fields are \['gender', 'age'\] here and \[\]"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            cells + replace(cells, definitions=replace(cells.definitions, **change))
+
+
+def several() -> Cells:
+    """Cells of two buckets and two periods, with pairs; names hold what files must not mistake."""
+    rng = np.random.default_rng(0)
+    values = (EVERYONE, ("a=b", "c"), ("a", "b=c"), ("a", "b & c"))
+    tags = (ANYTHING, (("tone", "loud"), ("style", "real")), (("tone", "loud & style=real"),), (("x", "y"),))
+    sizes, n = (2, 2, 2, 64, 4, 4), 3_000
+    codes = np.stack([rng.integers(0, size, n) for size in sizes])
+    pairs = np.concatenate([codes[:4], np.sort(rng.permuted(np.tile([1, 2, 3], (n, 1)), axis=1)[:, :2].T, axis=0)])
+    return Cells(
+        Cells.of(example()).definitions, ("hour=am", ""), ("model", "random"), ("2030-01-01", ""), values, tags,
+        Table.of(codes, rng.random((n, 6))), Table.of(pairs, rng.random((n, 6))), Table.of(pairs, rng.random((n, 6))),
+        clipped=3.0,
+    )  # fmt: skip
+
+
+def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
+    for cells in (several(), Cells.of(example())):
+        cells.save(tmp_path / "cells.parquet")
+        found = Cells.load(tmp_path / "cells.parquet")
+        for name in ("definitions", "strata", "buckets", "periods", "values", "tags", "clipped"):
+            assert getattr(found, name) == getattr(cells, name)
+        for name in ("main", "value_pairs", "tag_pairs"):
+            assert np.array_equal(getattr(found, name).codes, getattr(cells, name).codes)
+            assert np.array_equal(getattr(found, name).sums, getattr(cells, name).sums)
+    assert [path.name for path in tmp_path.iterdir()] == ["cells.parquet"]
+
+
+def test_files_hold_names_that_anybody_can_read(tmp_path: Path) -> None:
+    cells = Cells.of(example())
+    cells.save(tmp_path / "cells.parquet")
+    rows = pq.read_table(tmp_path / "cells.parquet").to_pandas()
+    women = rows[(rows["cells"] == "main") & (rows["first"] == "gender=f") & (rows["second"] == "tone=loud")]
+    at = cells.values.index(("gender", "f")), cells.tags.index((("tone", "loud"),))
+    assert women.n.sum() == cells.table("n")[at]
+    assert set(rows.stratum) == {"hour=am", "hour=pm"}
+
+
+def test_damaged_files_and_those_of_something_else_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "cells.parquet"
+    Cells.of(example()).save(path)
+    whole = path.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", whole[:100] + bytes(len(whole) - 200) + whole[-100:]):
+        path.write_bytes(broken)
+        with pytest.raises(InputError, match=r"cells.parquet: cannot be read"):
+            Cells.load(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        Cells.load(tmp_path / "nowhere.parquet")
+    path.write_bytes(whole)
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[b"kaleidoscope.cells"])
+    pq.write_table(table.replace_schema_metadata({"kaleidoscope.cells": json.dumps({**about, "version": 9})}), path)
+    with pytest.raises(InputError, match="version 9 of the format"):
+        Cells.load(path)
+    pq.write_table(table.replace_schema_metadata(None), path)
+    with pytest.raises(InputError, match="holds no cells"):
+        Cells.load(path)
+
+
+def test_parts_by_bucket_and_by_period_add_up_to_the_whole() -> None:
+    cells = several()
+    for parts in (cells.by_bucket(), cells.by_period()):
+        assert sum(part.table("clicks") for part in parts.values()) == pytest.approx(cells.table("clicks"))
+        pairs = sum(part.tag_pair_table("weight") for part in parts.values())
+        assert pairs == pytest.approx(cells.tag_pair_table("weight"))
+    assert list(cells.by_bucket()) == ["model", "random"]
+
+
+def test_errors_of_a_ctr_are_by_unit() -> None:
+    """Every unit clicks always or never: 2,000 exposures say as much as their 500 units."""
+    rng = np.random.default_rng(0)
+    unit = np.repeat(np.arange(500), 4)
+    log = log_of({}, TAGS, rng.integers(0, 6, 2_000), (rng.random(500) < 0.3)[unit], unit=unit)
+    rate, error = Cells.of(code(log)).ctr()
+    assert rate[0, 0] == pytest.approx(log.reward.mean())
+    expected = np.sqrt(rate[0, 0] * (1 - rate[0, 0]) / 500)
+    assert 0.75 * expected < error[0, 0] < 1.3 * expected
 
 
 def test_sums_are_those_of_the_rows() -> None:

@@ -97,11 +97,30 @@ def test_weights_undo_what_exposure_knew_of_the_user_within_a_stratum() -> None:
     assert abs(woman[variant == 2].mean() - woman[variant == 0].mean()) > 0.6  # as they were shown
 
 
-def test_weights_are_clipped_and_the_share_is_told() -> None:
-    woman, variant, p = shown_by_taste(epsilon=0.03)
+def test_what_was_shown_by_chance_counts_most_where_a_model_chose_the_rest() -> None:
+    """Of 6 variants 10 % by chance: as many effective exposures as those, not the few that shown shares would leave."""
+    woman, _, p = shown_by_taste(epsilon=0.1)
+    _, variant, _ = shown_by_taste(epsilon=0.1)
     coded = code(log_of({"gender": np.where(woman, "f", "m").tolist()}, TAGS, variant, woman, propensity=p))
-    assert coded.weight.max() / coded.weight.min() <= MAX_WEIGHT / 0.4
-    assert 0 < coded.clipped < 0.02
+    shown = np.bincount(variant, minlength=6) / len(p)
+    stabilised = np.minimum(shown[variant] / p, MAX_WEIGHT)
+
+    def effective(weight: np.ndarray) -> float:
+        return float(weight.sum() ** 2 / (weight**2).sum() / len(weight))
+
+    assert effective(coded.weight) > 0.1
+    assert effective(coded.weight) > 1.2 * effective(stabilised)
+    assert coded.clipped == 0
+
+
+def test_weights_are_clipped_and_the_share_is_told() -> None:
+    rng = np.random.default_rng(0)
+    variant, p = rng.integers(0, 6, 60_000), np.full(60_000, 0.2)
+    rare = [int(np.flatnonzero(variant == v)[0]) for v in range(3)]
+    p[rare] = 0.0005  # each stands for very many users
+    coded = code(log_of({"gender": ["f", "m"] * 30_000}, TAGS, variant, variant > 3, propensity=p), dependent=True)
+    assert coded.weight.max() / coded.weight[rare].min() == pytest.approx(1)
+    assert coded.clipped == pytest.approx(3 / 60_000)
 
 
 def test_constant_propensities_leave_every_exposure_as_it_is() -> None:

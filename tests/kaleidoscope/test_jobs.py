@@ -299,7 +299,7 @@ def test_of_many_who_ask_at_once_one_is_heard(database: Database) -> None:
 @pytest.mark.parametrize(
     ("kind", "arguments", "said"),
     [
-        ("bake", {}, "no kind of job 'bake'. Give one of retrain, compact"),
+        ("bake", {}, "no kind of job 'bake'. Give one of retrain, attribute"),
         ("retrain", {}, "takes scene; given: nothing"),
         ("compact", {"scene": "home"}, "takes nothing; given: scene"),
         ("erase", {"unit": "a\0b"}, "unit: give 1 to 500"),
@@ -713,6 +713,7 @@ def test_the_schedule_is_of_scenes_that_show_a_release(sqlite: Database) -> None
         start(session, "welcome", 1)
     assert targets() == [
         ("retrain", "welcome"),
+        ("attribute", "welcome"),
         ("compact", None),
         ("materialise", None),
         ("guard", "welcome"),
@@ -745,6 +746,7 @@ def test_every_kind_is_a_command_that_prints_json() -> None:
         assert command[-3:] == ["--business", "acme", "--json"]
     assert {name: " ".join(command[3:-3]) for name, command in words.items()} == {
         "retrain": "train home",
+        "attribute": "attribute home",
         "compact": "events compact",
         "materialise": "features materialise",
         "guard": "release guard home",
@@ -835,7 +837,12 @@ def test_the_page_names_every_kind_and_how_often_it_runs() -> None:
         words = " ".join(kind.command("BUSINESS", {"scene": "SCENE", "unit": "UNIT"})[3:-3])
         (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
         assert f"`{words}`" in row
-        period = {None: "on request", timedelta(days=1): "daily", timedelta(hours=1): "hourly"}
+        period = {
+            None: "on request",
+            timedelta(days=7): "weekly",
+            timedelta(days=1): "daily",
+            timedelta(hours=1): "hourly",
+        }
         period |= {timedelta(minutes=5): "every 5 minutes", timedelta(minutes=1): "every minute"}
         assert period[kind.every] in row
         hours = kind.timeout_s / 3600

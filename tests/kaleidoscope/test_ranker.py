@@ -147,6 +147,32 @@ def test_a_signature_of_any_other_shape_is_an_error_and_no_crash(folder: Path) -
     assert refused > 40
 
 
+def test_pair_terms_are_the_interactions_of_many_users_at_once(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranker, rng = Ranker.load(exported), np.random.default_rng(0)
+    encoder, side = ranker.signature.encoder, ranker.variant_side(VARIANTS)
+    users = log_of(WORLD, 60).features
+    shown = rng.integers(0, len(side), len(users))
+    terms = ranker.pair_terms(users, side, shown)
+    assert terms.shape == (len(users), len(encoder.fields), len(encoder.dimensions))
+    for row, variant in enumerate(shown.tolist()):
+        parts = ranker.explain(users, side, row, variant)
+        pairs = {(p.field, p.dimension): p.logit for p in parts if p.part == "interaction"}
+        found = {
+            (field.name, dimension.name): terms[row, f, d]
+            for f, field in enumerate(encoder.fields)
+            for d, dimension in enumerate(encoder.dimensions)
+            if terms[row, f, d]
+        }
+        assert found == pytest.approx(pairs, abs=1e-5)
+        rest = sum(p.logit for p in parts if p.part != "interaction")
+        assert terms[row].sum() + rest == pytest.approx(float(ranker.score(users, side)[row, variant]), abs=1e-4)
+    one = ranker.pair_terms(users.take(slice(7, 8)), side, np.arange(len(side)))
+    assert np.allclose(one[shown[7]], terms[7], atol=1e-6)
+    monkeypatch.setattr("kaleidoscope.ranker.CELLS", 100)  # in pieces
+    assert np.allclose(ranker.pair_terms(users, side, shown), terms, atol=1e-6)
+    assert ranker.pair_terms(users.take(slice(0, 0)), side, shown[:0]).shape == (0, *terms.shape[1:])
+
+
 def test_serves_where_there_is_no_torch(exported: Path, tmp_path: Path) -> None:
     program = f"""
 import sys

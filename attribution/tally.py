@@ -1,0 +1,233 @@
+"""All pairs of small codes as sums, by place and replicate: the arithmetic under the log as sums, and nothing else.
+
+Instead of counting each pair of columns for itself, blocks of three or four columns are counted at once so that every
+pair is in some block (a covering design), and the pairs are read off the blocks' margins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from attribution.replicates import REPLICATES
+from kaleidoscope.errors import LogError
+from kaleidoscope.log import Codes, Floats, factorise
+
+ITEMS = 1 << 17  # values, and combinations of tags, that a key has room for
+PLACES = 1 << 22
+MOST_CELLS = 20_000_000  # that are not empty: more are no use, and would not fit into memory
+BLOCK = 1 << 19  # sums of a block, and rows whose keys are made at once: what stays in the cache of a core
+DENSE = 1 << 22  # sums of a pair that are counted in an array; beyond, by hashing
+
+Small = NDArray[np.uint16]
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """A column of n codes; code k is item items[k]."""
+
+    codes: Small
+    items: Codes
+
+    def dense(self) -> Column:
+        """Without the codes that do not occur."""
+        present = np.zeros(len(self.items), np.bool_)
+        present[self.codes] = True
+        if present.all():
+            return self
+        return Column((np.cumsum(present) - 1).astype(np.uint16)[self.codes], self.items[present])
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """n rows: columns of codes, where and by whom they were seen, whether clicked, and what each counts."""
+
+    columns: Sequence[Column]
+    place: Codes  # (n,) position in `places`
+    places: Codes  # (P,)
+    replicate: Small  # (n,)
+    click: Small  # (n,) 0 or 1
+    amounts: Sequence[Floats | None]  # (n,) each; None: one
+
+    def sorted(self) -> Batch:
+        """By place, so that a core works on the sums of one place at a time."""
+        if (np.diff(self.place) >= 0).all():
+            return self
+        short = self.place.astype(np.uint16) if len(self.places) <= 1 << 16 else self.place
+        order = np.argsort(short, kind="stable")  # of 16 bits by counting
+        return Batch(
+            [Column(c.codes[order], c.items) for c in self.columns],
+            self.place[order],
+            self.places,
+            self.replicate[order],
+            self.click[order],
+            [None if a is None else a[order] for a in self.amounts],
+        )
+
+
+@dataclass(eq=False)
+class Totals:
+    """Sums by key: (K,) sorted keys, (K, 2 · amounts) sums and of them clicks."""
+
+    amounts: int
+    keys: Codes = field(default_factory=lambda: np.zeros(0, np.int64))
+    sums: Floats = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums = np.zeros((0, 2 * self.amounts))
+
+    def add(self, keys: Codes, sums: Floats) -> None:
+        """Add sums of keys, that are sorted and differ."""
+        at = np.searchsorted(self.keys, keys)
+        known = at < len(self.keys)
+        known[known] = self.keys[at[known]] == keys[known]
+        self.sums[at[known]] += sums[known]
+        if not known.all():
+            require_room(len(self.keys) + int((~known).sum()))
+            self.keys = np.concatenate([self.keys, keys[~known]])
+            order = np.argsort(self.keys, kind="stable")
+            self.keys = self.keys[order]
+            self.sums = np.concatenate([self.sums, sums[~known]])[order]
+
+
+def require_room(cells: int) -> None:
+    """Raise LogError where there are more cells than are any use."""
+    if cells > MOST_CELLS:
+        raise LogError(
+            f"The log has more than {MOST_CELLS:,} cells (replicates × strata × buckets × periods × pairs of values)."
+            " Sum up without pairs, by week or month or none, or with fewer columns in the context."
+        )
+
+
+def pack(place: Codes, replicate: Codes, left: Codes, right: Codes) -> Codes:
+    """One number of each cell."""
+    return ((place * REPLICATES + replicate) * ITEMS + left) * ITEMS + right
+
+
+def unpack(keys: Codes) -> tuple[Codes, Codes, Codes, Codes]:
+    """Place, replicate, left and right item of keys."""
+    rest, right = keys // ITEMS, keys % ITEMS
+    rest, left = rest // ITEMS, rest % ITEMS
+    return rest // REPLICATES, rest % REPLICATES, left, right
+
+
+def tally(batch: Batch, pairs: Sequence[Pair]) -> tuple[Codes, Floats]:
+    """(K,) sorted keys and (K, 2 · amounts) sums of all cells of these pairs of columns that are not empty."""
+    batch = replace(batch, columns=[column.dense() for column in batch.columns]).sorted()
+    sizes = tuple(len(column.items) for column in batch.columns)
+    inner = len(batch.places) * 2 * REPLICATES
+    found, size = [], 0
+    for columns, wanted in cover(sizes, tuple(pairs), BLOCK // inner):
+        for cells in _block(batch, sizes, columns, wanted, inner):
+            found.append(cells)
+            size += len(cells[0])
+            require_room(size)
+    keys, sums = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.argsort(keys)
+    return keys[order], sums[order]
+
+
+@lru_cache(maxsize=64)
+def cover(
+    sizes: tuple[int, ...], pairs: tuple[Pair, ...], limit: int
+) -> tuple[tuple[tuple[int, ...], tuple[Pair, ...]], ...]:
+    """Blocks of columns with at most `limit` cells (a pair may have more), and of each the pairs that are read off it:
+    every pair off one. Greedy: a block takes the column that covers most."""
+
+    def cells(pair: Pair) -> int:
+        return sizes[pair[0]] * sizes[pair[1]]
+
+    left = dict.fromkeys(pairs)
+    blocks: list[tuple[tuple[int, ...], tuple[Pair, ...]]] = []
+    while left:
+        largest = max(left, key=cells)
+        block = list(largest)
+        while True:
+            gains = [
+                (sum((min(c, b), max(c, b)) in left for b in block), sizes[c], c)
+                for c in range(len(sizes))
+                if c not in block and prod(sizes[b] for b in block) * sizes[c] <= limit
+            ]
+            best = max(gains, default=(0, 0, 0))
+            if best[0] == 0:
+                break
+            block.append(best[2])
+        block.sort()
+        wanted = tuple((a, b) for i, a in enumerate(block) for b in block[i + 1 :] if (a, b) in left)
+        left = {pair: None for pair in left if pair not in wanted}
+        blocks.append((tuple(block), wanted))
+    return tuple(blocks)
+
+
+def _block(
+    batch: Batch, sizes: tuple[int, ...], columns: tuple[int, ...], wanted: tuple[Pair, ...], inner: int
+) -> Iterator[tuple[Codes, Floats]]:
+    """Keys and sums of the cells of a block's pairs. A code is (cell, place, replicate, click), click innermost."""
+    shape = [sizes[c] for c in columns]
+    size = prod(shape) * inner
+    rows = len(batch.click)
+    step = BLOCK if size <= BLOCK else rows
+    kind = np.uint16 if size <= 1 << 16 else np.uint32 if size <= 1 << 32 else np.uint64
+
+    def codes(part: slice) -> Codes:
+        key: NDArray[Any] = np.zeros(len(batch.click[part]), kind)
+        for c in columns:
+            key *= kind(sizes[c])
+            key += batch.columns[c].codes[part].astype(kind, copy=False)
+        key *= kind(inner)
+        key += (batch.replicate[part] * np.uint16(2) + batch.click[part]).astype(kind, copy=False)
+        if len(batch.places) > 1:
+            key += (batch.place[part] * (2 * REPLICATES)).astype(kind)
+        return key.astype(np.int64)
+
+    if size > DENSE:
+        yield _hashed(batch, codes(slice(None)), columns, sizes, inner)
+        return
+    tables = [np.zeros(size) for _ in batch.amounts]
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        key = codes(part)
+        for table, amount in zip(tables, batch.amounts, strict=True):
+            table += np.bincount(key, None if amount is None else amount[part], size)
+    whole = np.stack(tables).reshape(-1, *shape, inner)
+    margins: dict[tuple[int, ...], Floats] = {columns: whole}
+    for a, b in wanted:
+        kept = columns
+        for c in reversed(columns):
+            if c not in (a, b):
+                fewer = tuple(k for k in kept if k != c)
+                if fewer not in margins:
+                    margins[fewer] = margins[kept].sum(axis=1 + kept.index(c))
+                kept = fewer
+        of_pair = margins[a, b].reshape(len(tables), -1, 2)
+        counted = of_pair[0, :, 0] + of_pair[0, :, 1]
+        cell = np.flatnonzero(counted)
+        sums = np.stack([of_pair[:, cell, 0] + of_pair[:, cell, 1], of_pair[:, cell, 1]], axis=1)
+        yield _keys(batch, a, b, cell, sizes[b], inner), sums.reshape(-1, len(cell)).T
+
+
+def _hashed(
+    batch: Batch, codes: Codes, columns: tuple[int, ...], sizes: tuple[int, ...], inner: int
+) -> tuple[Codes, Floats]:
+    """The same of a pair with too many cells for an array."""
+    a, b = columns
+    found, code = factorise(codes)
+    cell, at = np.unique(found // 2, return_inverse=True)
+    sums = []
+    for amount in batch.amounts:
+        total = np.bincount(code, amount, len(found))
+        sums += [np.bincount(at, total), np.bincount(at, total * (found % 2))]
+    return _keys(batch, a, b, cell, sizes[b], inner), np.stack(sums, axis=1)
+
+
+def _keys(batch: Batch, a: int, b: int, cell: Codes, width: int, inner: int) -> Codes:
+    pair, rest = cell // (inner // 2), cell % (inner // 2)
+    left, right = batch.columns[a].items[pair // width], batch.columns[b].items[pair % width]
+    return pack(batch.places[rest // REPLICATES], rest % REPLICATES, left, right)

@@ -1,0 +1,138 @@
+"""Who found the same preference, in whichever words, and who says the opposite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from attribution.consensus import Agreement, agreements, consensus
+from attribution.insights import Insight
+
+
+def insight(segment: str, tag: str, effect: float = 0.4, **given: Any) -> Insight:
+    """Of `field=label` and `dimension=value`, several of them joined by ` & `."""
+    of, on = (dict(part.split("=") for part in text.split(" & ")) for text in (segment, tag))
+    low, high = sorted((effect / 2, effect * 1.5))
+    return Insight(of, on, effect, 1.2, given.pop("ci_low", low), given.pop("ci_high", high), 0.01, 1_000, **given)
+
+
+WOMEN = insight("gender=f", "tone=loud")
+
+
+def only(by_method: dict[str, list[Insight]]) -> Agreement:
+    (agreement,) = agreements(by_method)
+    return agreement
+
+
+def test_the_same_insight_is_one_agreement_that_names_its_finders() -> None:
+    found = only({"ebm": [WOMEN], "statistics": [WOMEN], "preference": [], "contributions": [WOMEN]})
+    assert dict(found.found_by) == {"statistics": 1, "ebm": 1, "contributions": 1}
+    assert found.not_found_by == ("preference",)
+    assert not found.disagree
+    assert found.sentence == (
+        "Found by 3 of 4 methods with the same sign; the standardised preferences did not find it."
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        insight("gender=f", "tone=loud", 0.1),  # the same
+        insight("gender=m", "tone=loud", -0.3),  # men do not
+        insight("gender=f", "tone=calm", -0.3),  # they like the alternative less
+        insight("gender=m", "tone=calm", 0.3),
+        insight("gender=f & age=[30, inf)", "tone=loud & style=flat", 0.3, crossed=True),
+        insight("gender=f", "tone=loud|shrill", 0.3),  # values that were never shown apart
+    ],
+)
+def test_other_words_for_the_same_preference_agree(other: Insight) -> None:
+    found = only({"statistics": [WOMEN], "ebm": [other]})
+    assert dict(found.found_by) == {"statistics": 1, "ebm": 1}
+    assert found.holds
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        insight("gender=m", "tone=loud", 0.3),  # of three genders two may like it
+        insight("gender=f", "tone=calm", 0.3),  # of three tones two may be liked
+        insight("age=[30, inf)", "tone=loud"),
+        insight("gender=f", "style=flat"),
+    ],
+)
+def test_what_speaks_of_something_else_is_an_agreement_of_its_own(other: Insight) -> None:
+    first, second = agreements({"statistics": [WOMEN], "ebm": [other]})
+    assert {tuple(first.found_by), tuple(second.found_by)} == {("statistics",), ("ebm",)}
+    assert not first.disagree
+    assert not second.disagree
+
+
+@pytest.mark.parametrize(
+    ("segment", "other", "effect", "sign"),
+    [
+        ("age=[30, inf)", "age=[30, inf)", -0.2, -1),
+        ("age=[30, inf)", "age=[30, 45)", -0.2, -1),  # within it
+        ("age=[30, inf)", "age=[30, 45)", 0.2, 1),
+        ("age=[30, inf)", "age=[-inf, 30)", 0.2, -1),  # its mirror
+        ("age=[30, inf)", "age=[-inf, 30)", -0.2, 1),
+    ],
+)
+def test_numbers_are_the_same_users_where_they_overlap_and_a_mirror_where_they_complete_each_other(
+    segment: str, other: str, effect: float, sign: int
+) -> None:
+    found = only({"statistics": [insight(segment, "tone=loud")], "grid": [insight(other, "tone=loud", effect)]})
+    assert found.found_by["grid"] == sign
+    assert found.disagree == (sign < 0)
+    assert found.holds == (sign > 0)
+
+
+def test_what_methods_disagree_about_is_said_and_is_no_consensus() -> None:
+    by_method = {"statistics": [WOMEN], "ebm": [insight("gender=f", "tone=loud", -0.4)], "preference": [WOMEN]}
+    assert only(by_method).sentence == "Found by 2 of 3 methods with the same sign; the EBM found the opposite."
+    assert consensus(by_method) == []
+
+
+def test_the_nearest_insight_speaks_for_a_method() -> None:
+    young, old = insight("age=[30, 45)", "tone=loud", -0.2), insight("age=[30, inf)", "tone=loud", 0.3)
+    found = agreements({"statistics": [insight("age=[30, inf)", "tone=loud")], "ebm": [young, old]})
+    assert [dict(one.found_by) for one in found] == [{"statistics": 1, "ebm": 1}]
+
+
+def test_without_the_statistics_it_takes_two_methods_that_judge_on_different_exposures() -> None:
+    nothing: list[Insight] = []
+    assert consensus({"statistics": nothing, "preference": [WOMEN]}) == []
+    assert consensus({"statistics": nothing, "ebm": [WOMEN], "contributions": [WOMEN]}) == []  # the same half
+    (found,) = consensus({"statistics": nothing, "ebm": [WOMEN], "preference": [WOMEN]})
+    assert found.not_found_by == ("statistics",)
+    (alone,) = consensus({"statistics": [WOMEN], "ebm": nothing})
+    assert alone.sentence == "Found by 1 of 2 methods (the statistics); the EBM did not find it."
+
+
+def test_only_the_grid_looks_at_what_works_together_and_at_nothing_else() -> None:
+    crossed = insight("gender=f & age=[30, inf)", "tone=loud & style=flat", crossed=True)
+    found = only({"statistics": [], "ebm": [], "grid": [crossed]})
+    assert found.not_found_by == ()
+    assert found.sentence == "Found by the grid alone."
+    assert only({"statistics": [WOMEN], "grid": []}).not_found_by == ()
+
+
+def test_the_strongest_is_first_by_what_the_interval_leaves() -> None:
+    large_and_vague = insight("city=a", "tone=loud", 2.0, ci_low=0.05, ci_high=8.0)
+    vague = insight("city=b", "style=flat", 2.0, ci_low=-0.1, ci_high=8.0)
+    negative = insight("city=c", "tone=calm", -0.5)
+    found = consensus({"statistics": [vague, large_and_vague, WOMEN, negative]})
+    assert [one.insight for one in found] == [negative, WOMEN, large_and_vague, vague]
+    assert found[-1].strength == 0
+
+
+def test_it_is_plain_values_for_a_summary() -> None:
+    json = only({"statistics": [WOMEN], "ebm": []}).to_json()
+    assert json["found_by"] == {"statistics": 1}
+    assert json["not_found_by"] == ["ebm"]
+    assert (json["disagree"], json["consensus"]) == (False, True)
+    assert json["insight"] == WOMEN.to_json()
+
+
+def test_nothing_found_is_no_agreement() -> None:
+    assert agreements({}) == agreements({"statistics": [], "ebm": []}) == []
