@@ -140,7 +140,7 @@ def analyse(
     works: dict[str, Callable[[], Any]] = {
         PREFERENCE: lambda: preferences(coded),
         EBM: lambda: ebm(coded, seed=seed),
-        GRID: lambda: grid(coded),
+        GRID: lambda: grid(coded, statistics),
         CONTRIBUTIONS: lambda: lightgbm_contributions(coded, seed=seed),
     }
     for method, work in works.items():

@@ -59,7 +59,7 @@ class Source:
         """Rows from all over the log, as they are; raises LogError where a column is missing."""
         missing = [name for name in self.schema.columns if name not in self.types]
         if missing:
-            problems = [contract._missing_column(self.path, name, self.schema, list(self.types)) for name in missing]
+            problems = [contract.missing_column(self.path, name, self.schema, list(self.types)) for name in missing]
             raise LogError("\n".join(problems))
         n = int(self.database.execute("SELECT count(*) FROM log").fetchall()[0][0])
         if n <= SAMPLE:
@@ -72,7 +72,7 @@ class Source:
     def read(self, sample: pa.Table) -> Log:
         """The sample as a log of the contract, with all its checks."""
         with tempfile.TemporaryDirectory(prefix="kaleidoscope-") as folder:
-            if contract._is_csv(self.path):
+            if contract.is_csv(self.path):
                 file = Path(folder) / "sample.csv"
                 pa_csv.write_csv(sample, file)
             else:
@@ -87,7 +87,7 @@ class Source:
 
 def number(name: str, types: Mapping[str, str], *, time: bool = False) -> str:
     """SQL of a column as numbers: NULL where there is none, NaN where it cannot be read."""
-    return contract._number_sql(name, types[name], time=time)
+    return contract.number_sql(name, types[name], time=time)
 
 
 # ── columns ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -116,7 +116,7 @@ class Texts:
 
     def select(self, database: duckdb.DuckDBPyConnection, name: str) -> list[str]:
         """What to read: the code of a known text, and the text of an unknown one."""
-        texts = ", ".join(contract._text(text) for text in self.first)
+        texts = ", ".join(contract.sql_text(text) for text in self.first)
         database.execute(f"CREATE TYPE {name} AS ENUM ({texts})")
         known = f"TRY_CAST(coalesce({self.sql}, '') AS {name})"
         return [f"CAST(enum_code({known}) AS USMALLINT)", f"CASE WHEN {known} IS NULL THEN {self.sql} END"]
@@ -154,7 +154,7 @@ class Values:
         """What to read: a number, or the code of a text."""
         if self.field.edges is not None:
             return [self.sql]
-        texts = ", ".join(contract._text(text) for text in (*self.field.known, ""))
+        texts = ", ".join(contract.sql_text(text) for text in (*self.field.known, ""))
         database.execute(f"CREATE TYPE {name} AS ENUM ({texts})")
         known = f"enum_code(TRY_CAST(coalesce({self.sql}, '') AS {name}))"
         return [f"CAST(coalesce({known}, {len(self.field.known) + 1}) AS USMALLINT)"]
@@ -217,14 +217,16 @@ class Plan:
         schema, types = log.schema, log.types
 
         def text(name: str) -> str:
-            return f"CAST({contract._name(name)} AS VARCHAR)"
+            return f"CAST({contract.sql_name(name)} AS VARCHAR)"
 
         with duckdb.connect() as database:
             database.register("sample", sample)
             dimensions = []
             for name in schema.variant:
                 is_list = types[name].endswith("]")
-                sql = f"CAST(to_json(CAST({contract._name(name)} AS VARCHAR[])) AS VARCHAR)" if is_list else text(name)
+                sql = (
+                    f"CAST(to_json(CAST({contract.sql_name(name)} AS VARCHAR[])) AS VARCHAR)" if is_list else text(name)
+                )
                 dimensions.append((name, is_list, Texts.of(database, sql)))
             numbers = {f.name: f for f in definitions.context}
             strata: list[tuple[str, Values | Texts]] = []
@@ -277,7 +279,7 @@ class Plan:
             columns.append(Column(of.codes(*given[f"f{i}"]), self.items.positions(items)))
         for i, (name, is_list, texts) in enumerate(self.dimensions):
             codes = texts.codes(*given[f"d{i}"])
-            cells = [contract._tag_values(t, is_list=is_list) for t in texts.names]
+            cells = [contract.tag_values(t, is_list=is_list) for t in texts.names]
             found = sorted(set(cells))
             to = {cell: k for k, cell in enumerate(found)}
             codes = np.array([to[cell] for cell in cells], np.uint16)[codes]

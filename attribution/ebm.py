@@ -30,7 +30,7 @@ from kaleidoscope.log import FEW_UNITS, Codes, Floats, combine, factorise, sums
 METHOD = "ebm"
 OUTER_BAGS = 8
 LEVEL = 0.95
-SUSPECTED = 0.1  # p-value (Simes) of a field × dimension's strongest segment × tag, up to which the pair is boosted:
+SUSPECTED = 0.2  # p-value (Simes) of a field × dimension's strongest segment × tag, up to which the pair is boosted:
 # far from significant, and yet few, because the noise of many pairs ends boosting before a small log has said anything
 FEWEST_PAIRS, MOST_PAIRS = 2, 24
 MOST_COMBINATIONS = 24  # of a dimension's values on one variant; from there on each value is a feature of its own

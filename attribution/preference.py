@@ -7,7 +7,7 @@ Q among all of them, less those that a correlated user field or tag explains, wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from scipy import stats
 from threadpoolctl import threadpool_limits
 
 from attribution.cells import SUMS, Cells, t_quantile
-from attribution.coding import Coded, Segment
+from attribution.coding import Coded, Segment, Tag, UserField
 from attribution.discoveries import LEVEL, Examined, Search, benjamini_hochberg
 from attribution.insights import Diagnostics, Insight, attribution_of
 from attribution.insights import without_noise as pairs_without_noise
@@ -69,10 +69,22 @@ def preferences(coded: Coded, cells: Cells | None = None) -> PreferenceResult:
     """
     with threadpool_limits(1, "blas"):
         cells = Cells.of(coded) if cells is None else cells
-        ratios = _Ratios.of(cells, coded)
-        shrunk = _Shrunk.of(ratios, coded)
+        ratios = _ratios(cells, coded)
+        shrunk = _Shrunk.of(ratios, coded.fields, coded.tags)
         insights, diagnostics = _insights(coded, cells, ratios, shrunk)
-    return PreferenceResult(insights, diagnostics, _cells(ratios, coded, shrunk), shrunk.prior_sd)
+    return PreferenceResult(insights, diagnostics, _cells(ratios, coded.tags, shrunk), shrunk.prior_sd)
+
+
+def preference_cells(cells: Cells) -> tuple[PreferenceCell, ...]:
+    """The rows of a portrait from the sums alone: every segment of the definitions × every tag that some exposures lack.
+
+    Errors are by unit; insights need the rows of the log, and are for `preferences`.
+    """
+    with threadpool_limits(1, "blas"):
+        shown = cells.by_stratum("n").sum(axis=0)
+        tags = [Tag(parts) for parts, n in zip(cells.tags[1:], shown[1:], strict=True) if 0 < n < shown[0]]
+        ratios = _Ratios.of(cells, cells.definitions.fields, tags)
+        return _cells(ratios, tags, _Shrunk.of(ratios, cells.definitions.fields, tags))
 
 
 def log_preferences(coded: Coded) -> Floats:
@@ -80,13 +92,13 @@ def log_preferences(coded: Coded) -> Floats:
 
     Where `coded.reward` holds click probabilities, they are what the preferences estimate.
     """
-    return _Ratios.of(Cells.of(coded), coded).value
+    return _ratios(Cells.of(coded), coded).value
 
 
 def without_noise(coded: Coded, probability: Floats, found: PreferenceResult) -> tuple[Floats, Floats]:
     """What is estimated, where the click probabilities (n,) of the exposures are known: (m,) log preferences of the
     examined cells, and (K,) coefficients of the insights in their joint model."""
-    truth = _Ratios.of(Cells.of(replace(coded, reward=probability)), coded)
+    truth = _ratios(Cells.of(replace(coded, reward=probability)), coded)
     at = {pair: i for i, pair in enumerate(zip(truth.segments, truth.tags.tolist(), strict=True))}
     examined = found.diagnostics.examined
     places = [at[pair] for pair in zip(examined.segments, examined.tags, strict=True)]
@@ -130,7 +142,7 @@ def _insights(coded: Coded, cells: Cells, ratios: _Ratios, shrunk: _Shrunk) -> t
     return tuple(insights), replace(found.diagnostics, examined=examined)
 
 
-def _cells(ratios: _Ratios, coded: Coded, shrunk: _Shrunk) -> tuple[PreferenceCell, ...]:
+def _cells(ratios: _Ratios, tags: Sequence[Tag], shrunk: _Shrunk) -> tuple[PreferenceCell, ...]:
     """The portrait's rows."""
 
     def known(values: Floats) -> list[float | None]:
@@ -149,11 +161,15 @@ def _cells(ratios: _Ratios, coded: Coded, shrunk: _Shrunk) -> tuple[PreferenceCe
             )
         ]  # fmt: skip
     return tuple(
-        PreferenceCell({segment.field: segment.label}, coded.tags[tag].names, round(float(n)), round(float(k)), *row)
+        PreferenceCell({segment.field: segment.label}, tags[tag].names, round(float(n)), round(float(k)), *row)
         for segment, tag, n, k, *row in zip(
             ratios.segments, ratios.tags.tolist(), ratios.n, ratios.clicks, *columns, strict=True
         )
     )
+
+
+def _ratios(cells: Cells, coded: Coded) -> _Ratios:
+    return _Ratios.of(cells, coded.fields, coded.tags, one_row_per_unit=coded.one_row_per_unit)
 
 
 # ── ratios ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -164,7 +180,7 @@ class _Ratios:
     """Of C cells: all segments of all fields × all tags."""
 
     segments: tuple[Segment, ...]  # C
-    tags: Codes  # (C,) positions in the coded log's tags
+    tags: Codes  # (C,) positions in the tags
     n: Floats  # (C,) exposures
     clicks: Floats
     shown: Floats  # the same, weighted
@@ -178,22 +194,24 @@ class _Ratios:
     reach: float  # standard errors of an interval
 
     @classmethod
-    def of(cls, cells: Cells, coded: Coded) -> _Ratios:
+    def of(
+        cls, cells: Cells, fields: Sequence[UserField], tags: Sequence[Tag], *, one_row_per_unit: bool = False
+    ) -> _Ratios:
         """The ratios, and their errors by unit.
 
         Errors are those of the linearised ratio (delta method) over exposures, times a design effect by unit: the same
         by replicates (a linearised jackknife) over that by exposure, drawn to the one of all cells.
         """
         at = {parts: i for i, parts in enumerate(cells.tags)}
-        chosen = np.array([0, *(at[tag.parts] for tag in coded.tags)])
+        chosen = np.array([0, *(at[tag.parts] for tag in tags)])
         everyone = _Table.of(cells, np.array([0]), chosen)
-        n_tags, columns = len(coded.tags), list[dict[str, Floats]]()
+        n_tags, columns = len(tags), list[dict[str, Floats]]()
         segments: list[Segment] = []
         of_all = everyone.influence()
         whole = everyone.spread(of_all, of_all)
-        all_by_replicate = None if coded.one_row_per_unit else everyone.by_replicate(cells)
+        all_by_replicate = None if one_row_per_unit else everyone.by_replicate(cells)
         place = {name: i for i, name in enumerate(cells.values)}
-        for field in coded.fields:
+        for field in fields:
             for segment in field.segments:
                 values = np.array([place.get((field.name, field.labels[v]), -1) for v in segment.values])
                 table = _Table.of(cells, values, chosen)
@@ -355,12 +373,12 @@ class _Shrunk:
     prior_sd: Mapping[tuple[str, str], float]
 
     @classmethod
-    def of(cls, ratios: _Ratios, coded: Coded) -> _Shrunk:
+    def of(cls, ratios: _Ratios, fields: Sequence[UserField], tags: Sequence[Tag]) -> _Shrunk:
         """Parametric empirical Bayes (Morris 1983, doi:10.1080/01621459.1983.10477920): log preferences of a family,
         (user field, tag dimension), are N(0, τ²). How large τ may be is learnt from all families by marginal likelihood
         over a grid of τ, and of a family by its own; what stays unknown of it is averaged over, so that intervals are
         not too short for the families of few cells."""
-        dimensions = ["+".join(sorted(tag.dimensions)) for tag in coded.tags]
+        dimensions = ["+".join(sorted(tag.dimensions)) for tag in tags]
         families = tuple((s.field, dimensions[t]) for s, t in zip(ratios.segments, ratios.tags, strict=True))
         if not families:
             return cls((), *(np.zeros(0),) * 3, {})
@@ -373,7 +391,7 @@ class _Shrunk:
         # Cells of a family are not independent: values and tags sum to the whole, and halves are made of quarters.
         told = np.flatnonzero(seen & ratios.enough)
         count = np.bincount(family[told], minlength=len(names))
-        free = np.array([_free(coded, *name) for name in names])
+        free = np.array([_free(fields, tags, *name) for name in names])
         of_family = np.stack([sums(family[told], column, size=len(names)) for column in likelihood[told].T], axis=1)
         of_family *= np.minimum(free / np.maximum(count, 1), 1.0)[:, None]
         posterior = _mixture(of_family)[family]  # (C, τ)
@@ -387,11 +405,11 @@ class _Shrunk:
         return cls(families, value, np.where(seen, low, np.nan), np.where(seen, high, np.nan), prior_sd)
 
 
-def _free(coded: Coded, field: str, dimension: str) -> int:
+def _free(fields: Sequence[UserField], tags: Sequence[Tag], field: str, dimension: str) -> int:
     """How many free parameters a family has: (values − 1) × (tags − 1), at least one."""
-    values = next(len({v for s in f.segments for v in s.values}) for f in coded.fields if f.name == field)
-    tags = sum("+".join(sorted(tag.dimensions)) == dimension for tag in coded.tags)
-    return max(values - 1, 1) * max(tags - 1, 1)
+    values = next(len({v for s in f.segments for v in s.values}) for f in fields if f.name == field)
+    alike = sum("+".join(sorted(tag.dimensions)) == dimension for tag in tags)
+    return max(values - 1, 1) * max(alike - 1, 1)
 
 
 def _mixture(log_likelihood: Floats) -> Floats:

@@ -111,7 +111,7 @@ def screen(coded: Coded, only: Collection[tuple[Segment, int]] | None = None) ->
     tags_of: list[int] = []
     fields: list[int] = []
     places: list[int] = []
-    pooled = _pooled_design_effect(data, residual, amounts["hc"])
+    pooled = pooled_design_effect(data, residual, amounts["hc"])
     for f, user in enumerate(coded.fields):
         if not user.segments or (only is not None and user.name not in {segment.field for segment, _ in only}):
             continue
@@ -238,7 +238,7 @@ def _design_effect(
     return np.maximum((clicks * own + POOLED_CLICKS * pooled) / (clicks + POOLED_CLICKS), LEAST_DESIGN_EFFECT)
 
 
-def _pooled_design_effect(data: Sums, residual: Floats, hc: Floats) -> float:
+def pooled_design_effect(data: Sums, residual: Floats, hc: Floats) -> float:
     """The design effect of the scores of tags, over all users."""
     coded = data.coded
     if coded.one_row_per_unit or coded.unit is None:

@@ -27,12 +27,7 @@ from kaleidoscope.errors import InputError, LogError
 from kaleidoscope.log import Codes, Floats
 from kaleidoscope.log_schema import LogSchema
 
-ROWS = 1 << 20  # of a batch
-SAMPLE = 200_000  # rows that definitions are fitted on
-SPOTS = 20  # of the log that they are taken from
 WORKERS = 2
-LARGEST = 60_000  # values of a column that have short codes
-DAY_S = 86_400
 
 Period = Literal["day", "week", "month"]
 
@@ -66,7 +61,7 @@ def stream(
         raise InputError("There is no log to sum up: name at least one file.")
     whole: Cells | None = None
     for each in paths:
-        with contract._open(each, schema) as database:
+        with contract.open_log(each, schema) as database:
             cells = _summed(Source(each, schema, database), definitions, period, dependent, pairs=pairs)
         definitions, whole = cells.definitions, cells if whole is None else whole + cells
     assert whole is not None
@@ -86,7 +81,7 @@ def stream_events(
     Only exposures that may be learned from count. Every scene is a stratum of its own. Else as `stream`.
     """
     path = Path(folder)
-    with contract._open(path, LogSchema(label=outcome, variant=("-",))) as database:
+    with contract.open_log(path, LogSchema(label=outcome, variant=("-",))) as database:
         found = [str(name) for name, *_ in database.execute("DESCRIBE log").fetchall()]
         ours = ("unit", "scene", "bucket", "product", "propensity", "exposed_at")
         missing = [name for name in (outcome, *ours, "learn", "recorded", "described") if name not in found]
@@ -94,7 +89,7 @@ def stream_events(
             raise LogError(f"{path}: is no event log: it lacks {', '.join(missing)}. For other logs there is `stream`.")
         roles = {role: [name for name in found if name.startswith(role)] for role in ("u_", "c_", "t_")}
         select = [f"CAST({outcome} AS TINYINT) AS _outcome", *(f"{name} AS _{name}" for name in ours)]
-        select += [f"{contract._name(n)} AS {contract._name(n[2:])}" for names in roles.values() for n in names]
+        select += [f"{contract.sql_name(n)} AS {contract.sql_name(n[2:])}" for names in roles.values() for n in names]
         user, context, variant = (tuple(name[2:] for name in names) for names in roles.values())
         schema = LogSchema(
             label="_outcome", unit="_unit", group="_scene", bucket="_bucket", product="_product",
@@ -152,11 +147,25 @@ def _refuse(log: Source, sample: pa.Table, definitions: Definitions, dependent: 
             raise InputError(
                 f"{log.path}: its schema {has} `{role}`, other than that of the cells it is to be added to."
             )
+    missing = [f.name for f in definitions.context if f.name not in schema.context]
+    if missing:
+        raise InputError(
+            f"{log.path}: its schema lacks {missing} in `context`, which the cells it is to be added to are parted by."
+        )
     try:
         read = log.read(sample)
     except LogError:
         return
-    _: Coded = code(read, dependent=dependent, fields=definitions.fields)
+    for field in (*definitions.fields, *definitions.context):
+        is_text = pa.types.is_dictionary(read.columns[field.name].type)
+        # A CSV does not say that what it has only digits of is text.
+        if is_text != (field.edges is None) and (is_text or not contract.is_csv(log.path)):
+            here, there = ("text", "numbers") if is_text else ("numbers", "text")
+            raise InputError(
+                f"{log.path}: column {field.name!r} holds {here}, and the bins of the cells it is to be added to are of"
+                f" {there}. Correct the export, or make the cells of both logs anew."
+            )
+    _: Coded = code(read, dependent=dependent)
 
 
 def _cells(log: Source, sample: pa.Table, definitions: Definitions) -> Cells:

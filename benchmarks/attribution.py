@@ -12,16 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
 from numpy.typing import NDArray
 from scipy import stats
 from scipy.special import expit
@@ -32,9 +36,12 @@ if __name__ == "__main__":
 from attribution.coding import Coded, code
 from attribution.insights import STATISTICS, Diagnostics, Insight, attribute_coded, halves, without_noise
 from attribution.screening import screen
-from kaleidoscope.log import Codes, Floats, Log
-from kaleidoscope.log_schema import LogSchema
-from kaleidoscope.simulation import People, Population, PopulationSpec
+from kaleidoscope.commands.demo_insights import preferences_of
+from kaleidoscope.log import Codes, Floats, Log, read_log
+from kaleidoscope.log_schema import LogSchema, read_schema
+from kaleidoscope.simulation import People, Population, PopulationSpec, example_variants, read_population
+
+DEMO = Path(__file__).parents[1] / "examples" / "demo_scene"
 
 SLOTS = {"copy": ("tone", "urgency"), "image": ("style", "colour"), "layout": ("density", "button")}
 MATERIALS = 6  # of each slot
@@ -367,6 +374,24 @@ def compare_twins(seed: int, interactions: int, rows: int, epsilon: float = EPSI
 # ── the whole ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def compare_findings(seed: int, visits: int) -> dict[str, Any]:
+    """What the statistics find in the demo's scene, whose ten pictures carry up to five tags each, and its world, in
+    which people come back and tire."""
+    world = Population(read_population(), seed)
+    scene, people = world.scene(example_variants(DEMO)), world.people(visits // 10)
+    traffic = world.traffic(people, start=datetime(2026, 1, 5, tzinfo=UTC), days=14)
+    rows = scene.log(people, traffic, np.random.default_rng([seed, 5]))
+    with tempfile.TemporaryDirectory() as folder:
+        path, schema = Path(folder) / "log.parquet", Path(folder) / "schema.yaml"
+        pq.write_table(rows, path)
+        schema.write_text(yaml.safe_dump(scene.schema()), encoding="utf-8")
+        found = preferences_of(read_log(path, read_schema(schema)), scene)
+    return {
+        "seed": seed, "exposures": found["exposures"], "insights": len(found["insights"]), "planted": found["planted"],
+        "findings": sum(found["findings"].values()), "of": len(found["findings"]),
+    }  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every world, print tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -375,6 +400,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--null-worlds", type=int, default=100)
     parser.add_argument(
         "--twin", type=int, default=0, metavar="WORLDS", help="worlds in which a model bucket is judged"
+    )
+    parser.add_argument(
+        "--demo-worlds",
+        type=int,
+        default=0,
+        metavar="WORLDS",
+        help="worlds of the demo: its scene, people who come back",
     )
     parser.add_argument("--interactions", type=int, default=6)
     parser.add_argument("--rows", type=int, default=200_000)
@@ -401,6 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         summarise([f for f in of_worlds if f["interactions"]])
         summarise_nulls([f for f in of_worlds if not f["interactions"]])
     summarise_twins([kept.figures["twin", args.interactions, args.rows, s] for s in range(args.twin)])
+    summarise_demos([compare_findings(seed, args.rows) for seed in range(args.demo_worlds)])
 
 
 class _Kept:
@@ -494,6 +527,21 @@ def summarise_twins(worlds: Sequence[dict[str, Any]]) -> None:
     signs = f"{total['same_sign']} of {total['signed']}"
     coverage = total["covered"] / total["coverable"]
     print(f"sign of the twin's insights {signs}; coverage {coverage:.4f}; width over implied {width:.3f}")
+
+
+def summarise_demos(worlds: Sequence[dict[str, Any]]) -> None:
+    """What is found in the demo's worlds."""
+    if not worlds:
+        return
+    print("── the demo's worlds\n seed exposures insights planted findings")
+    for f in worlds:
+        print(
+            f"{f['seed']:>5} {f['exposures']:>9,} {f['insights']:>8} {f['planted']:>7} {f['findings']:>3} of {f['of']}"
+        )
+    planted, insights = (sum(f[key] for f in worlds) for key in ("planted", "insights"))
+    print(
+        f"{planted} of {insights} insights are of a pair that interacts: {1 - planted / max(insights, 1):.3f} are not"
+    )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ DIMENSIONS = {"tone": 6, "style": 5, "colour": 4, "density": 3, "urgency": 4, "b
 SCHEMA = LogSchema(
     label="click", unit="unit", user=(*TEXTS, *NUMBERS), variant=tuple(DIMENSIONS), propensity="propensity"
 )
-PANDAS_ROWS = (1_000_000, 4_000_000, 16_000_000, 32_000_000, 64_000_000)
+PANDAS_ROWS = (1_000_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000)
 
 
 def write_log(path: Path, rows: int) -> None:

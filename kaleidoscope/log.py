@@ -231,12 +231,12 @@ def read_log(path: Path | str, schema: LogSchema) -> Log:
     Raises LogError with every problem found, one per line: file, column, number of rows, an example and the remedy.
     """
     path = Path(path)
-    with _open(path, schema) as database:
+    with open_log(path, schema) as database:
         types = {str(name): str(kind) for name, kind, *_ in database.execute("DESCRIBE log").fetchall()}
         missing = [name for name in schema.columns if name not in types]
         if missing:
             alike = _alike(path, missing)
-            problems_of = [alike.get(name) or _missing_column(path, name, schema, list(types)) for name in missing]
+            problems_of = [alike.get(name) or missing_column(path, name, schema, list(types)) for name in missing]
             raise LogError("\n".join(problems_of))
         columns, row_hash = _load(database, schema, types)
         problems = _Problems(path, database)
@@ -244,26 +244,29 @@ def read_log(path: Path | str, schema: LogSchema) -> Log:
         n = len(row_hash)
         if n == 0:
             raise LogError(f"{path}: has a header but no rows. Export the log again, with its exposures.")
-        untyped = set(schema.columns) if _is_csv(path) else {name for name in schema.columns if _is_wide(types[name])}
+        untyped = set(schema.columns) if is_csv(path) else {name for name in schema.columns if _is_wide(types[name])}
         log = _assemble(path, schema, columns, problems, n, untyped)
         problems.raise_if_any()
     return replace(log, checks=(*problems.notes, *_warnings(log, n - len(pc.unique(row_hash)))))
 
 
-def _is_csv(path: Path) -> bool:
+def is_csv(path: Path) -> bool:
+    """Whether it is read as a CSV: a file, by its ending."""
     return path.is_file() and path.name.lower().endswith((".csv", ".csv.gz"))
 
 
-def _name(column: str) -> str:
+def sql_name(column: str) -> str:
+    """A column's name as SQL has it."""
     return '"' + column.replace('"', '""') + '"'
 
 
-def _text(value: object) -> str:
+def sql_text(value: object) -> str:
+    """A text as SQL has it."""
     return "'" + str(value).replace("'", "''") + "'"
 
 
 @contextmanager
-def _open(path: Path, schema: LogSchema) -> Iterator[duckdb.DuckDBPyConnection]:
+def open_log(path: Path, schema: LogSchema) -> Iterator[duckdb.DuckDBPyConnection]:
     """A DuckDB connection with the file as view `log` that can reach nothing but the file. A CSV is first turned into
     Parquet text columns (types are then read off all values, not off a sample)."""
     if not path.exists():
@@ -271,7 +274,7 @@ def _open(path: Path, schema: LogSchema) -> Iterator[duckdb.DuckDBPyConnection]:
     files = sorted(p for p in path.rglob("*.parquet") if p.is_file()) if path.is_dir() else [path]
     if not files:
         raise LogError(f"{path}: the folder holds no .parquet file. Give a folder of Parquet files, or one file.")
-    if not _is_csv(path) and files[0].suffix.lower() not in (".parquet", ".pq"):
+    if not is_csv(path) and files[0].suffix.lower() not in (".parquet", ".pq"):
         raise LogError(f"{path}: unknown kind of file. Give .parquet, .csv, .csv.gz or a folder of .parquet files.")
     mistaken = [problem for file in files if (problem := _mistaken(file))]
     if mistaken:
@@ -288,17 +291,17 @@ def _open(path: Path, schema: LogSchema) -> Iterator[duckdb.DuckDBPyConnection]:
             },
         )
         try:
-            paths = ", ".join(_text(glob.escape(str(f.absolute()))) for f in files)
-            allowed = ", ".join(_text(f) for f in {str(f.absolute().parent) for f in files} | {scratch})
+            paths = ", ".join(sql_text(glob.escape(str(f.absolute()))) for f in files)
+            allowed = ", ".join(sql_text(f) for f in {str(f.absolute().parent) for f in files} | {scratch})
             database.execute(f"SET allowed_directories = [{allowed}]")
             database.execute("SET enable_external_access = false")
             database.execute("SET lock_configuration = true")
             source = f"read_parquet([{paths}], union_by_name = true, hive_partitioning = {path.is_dir()})"
-            if _is_csv(path):
-                source = f"read_parquet({_text(scratch + '/log.parquet')})"
+            if is_csv(path):
+                source = f"read_parquet({sql_text(scratch + '/log.parquet')})"
                 database.execute(
                     f"COPY (SELECT * FROM read_csv({paths}, {_dialect(path, schema)}))"
-                    f" TO {_text(scratch + '/log.parquet')} (FORMAT parquet)"
+                    f" TO {sql_text(scratch + '/log.parquet')} (FORMAT parquet)"
                 )
             database.execute(f"CREATE VIEW log AS SELECT * FROM {source}")
             yield database
@@ -310,7 +313,7 @@ def _open(path: Path, schema: LogSchema) -> Iterator[duckdb.DuckDBPyConnection]:
 
 def _mistaken(path: Path) -> str | None:
     """What is wrong with a file whose bytes are not what its name says, and the remedy; None where they agree."""
-    is_csv, packed = _is_csv(path), path.suffix.lower() == ".gz"
+    is_text, packed = is_csv(path), path.suffix.lower() == ".gz"
     stem = path.name[: -len(".csv.gz" if packed else path.suffix)]
     try:
         with path.open("rb") as file:
@@ -332,9 +335,9 @@ def _mistaken(path: Path) -> str | None:
             return None
         if kind == "Parquet":
             remedy = f"Unpack it (`gunzip`) and rename it to {stem}.parquet."
-    elif is_csv and not packed and kind in (None, "text"):
+    elif is_text and not packed and kind in (None, "text"):
         return None
-    elif kind == "Parquet" and not is_csv:
+    elif kind == "Parquet" and not is_text:
         torn = f"{path}: cannot be read: it begins as Parquet but does not end so (`PAR1`). Copy or export it again."
         return None if end == b"PAR1" else torn
     elif kind == "Parquet":
@@ -345,7 +348,7 @@ def _mistaken(path: Path) -> str | None:
         remedy = f"If it is CSV, rename it to {stem}.csv; otherwise export it as CSV or Parquet."
     if kind is not None and kind.startswith("UTF-"):
         return f"{path}: {_converted(path, kind)}"
-    wanted = "a packed CSV" if packed else "CSV" if is_csv else "Parquet"
+    wanted = "a packed CSV" if packed else "CSV" if is_text else "Parquet"
     return f"{path}: is named as {wanted} but holds {kind or 'something else'}. {remedy}"
 
 
@@ -435,9 +438,9 @@ def _dialect(path: Path, schema: LogSchema) -> str:
         raise LogError(
             f"{path}: line 1: column names are empty or given twice: {names}. Name every column differently."
         )
-    columns = ", ".join(f"{_text(name)}: 'VARCHAR'" for name in header)
+    columns = ", ".join(f"{sql_text(name)}: 'VARCHAR'" for name in header)
     return (
-        f"auto_detect = false, header = true, delim = {_text(delimiter)}, quote = '\"', escape = '\"',"
+        f"auto_detect = false, header = true, delim = {sql_text(delimiter)}, quote = '\"', escape = '\"',"
         f" columns = {{{columns}}}"
     )
 
@@ -519,7 +522,7 @@ def _ragged_line(path: Path, delimiter: str, expected: int) -> tuple[int, int] |
 def _alike(path: Path, missing: Sequence[str]) -> dict[str, str]:
     """The missing columns that a Parquet file has, but beside others of the same name but for capitals: SQL does not
     tell them apart."""
-    if _is_csv(path):
+    if is_csv(path):
         return {}
     file = path if path.is_file() else min(path.rglob("*.parquet"))
     try:
@@ -549,7 +552,8 @@ def _nested(schema: LogSchema, types: Mapping[str, str]) -> Iterator[Check]:
                 yield Check("nested_column", Level.WARNING, message)
 
 
-def _missing_column(path: Path, name: str, schema: LogSchema, present: list[str]) -> str:
+def missing_column(path: Path, name: str, schema: LogSchema, present: list[str]) -> str:
+    """What to say of a column that the schema names and the log lacks, with the nearest of those `present`."""
     keys = [key for key in LogSchema.model_fields if key not in ("scene", "arms") and name in schema.role(key)]
     lower = {p.lower(): p for p in present}
     nearest = [lower[p] for p in difflib.get_close_matches(name.lower(), list(lower), n=3, cutoff=0.5)]
@@ -577,23 +581,23 @@ def _load(
     select: dict[tuple[str, str], str] = {}
     for role in ("label", "clicks", "impressions", "propensity", "weight", "time"):
         for name in schema.role(role):
-            select[role, name] = _number_sql(name, types[name], time=role == "time")
+            select[role, name] = number_sql(name, types[name], time=role == "time")
     for role in ("user", "context"):
         for name in schema.role(role):
             select[role, name] = _feature_sql(name, types[name])
     for name in schema.variant:
         if types[name].endswith("]"):
-            select["variant", name] = f"CAST(to_json(CAST({_name(name)} AS VARCHAR[])) AS VARCHAR)"
+            select["variant", name] = f"CAST(to_json(CAST({sql_name(name)} AS VARCHAR[])) AS VARCHAR)"
         else:
-            select["variant", name] = f"nullif(CAST({_name(name)} AS VARCHAR), '')"
+            select["variant", name] = f"nullif(CAST({sql_name(name)} AS VARCHAR), '')"
     for role in ("variant_id", "group", "product", "bucket"):
         for name in schema.role(role):
-            select[role, name] = f"nullif(CAST({_name(name)} AS VARCHAR), '')"
+            select[role, name] = f"nullif(CAST({sql_name(name)} AS VARCHAR), '')"
     if schema.unit:  # as text, so that Parquet and CSV agree; 64 bits do not collide before billions of units
-        texts = ", ".join(f"nullif(CAST({_name(name)} AS VARCHAR), '')" for name in schema.unit)
+        texts = ", ".join(f"nullif(CAST({sql_name(name)} AS VARCHAR), '')" for name in schema.unit)
         known = f"{texts} IS NOT NULL" if len(schema.unit) == 1 else "true"
         select["unit", schema.unit[0]] = f"CASE WHEN {known} THEN hash({texts}) END"
-    select["", "row"] = f"hash({', '.join(_name(name) for name in types)})"
+    select["", "row"] = f"hash({', '.join(sql_name(name) for name in types)})"
     query = "SELECT " + ", ".join(f"{sql} AS c{i}" for i, sql in enumerate(select.values())) + " FROM log"
     reader = database.sql(query).to_arrow_reader(1 << 20)
     chunks: list[list[pa.Array]] = [[] for _ in select]
@@ -610,9 +614,9 @@ def _load(
     return arrays, arrays.pop(("", "row"))
 
 
-def _number_sql(name: str, kind: str, *, time: bool) -> str:
-    """A DOUBLE: NULL where the value is missing, NaN where it is not a number."""
-    column = _name(name)
+def number_sql(name: str, kind: str, *, time: bool) -> str:
+    """SQL of a column of type `kind` as DOUBLE: NULL where a value is missing, NaN where it is not a number."""
+    column = sql_name(name)
     if kind.split("(")[0] in _NUMBERS:
         return f"CAST({column} AS DOUBLE)"
     if time and kind.startswith(("TIMESTAMP", "DATE")):
@@ -627,12 +631,12 @@ def _number_sql(name: str, kind: str, *, time: bool) -> str:
 def _feature_sql(name: str, kind: str) -> str:
     base = kind.split("(")[0]
     if _is_wide(kind):
-        return f"CAST({_name(name)} AS VARCHAR)"
+        return f"CAST({sql_name(name)} AS VARCHAR)"
     if base in _INTEGERS:
-        return f"CAST({_name(name)} AS BIGINT)"
+        return f"CAST({sql_name(name)} AS BIGINT)"
     if base in _NUMBERS and base != "BOOLEAN":
-        return f"CASE WHEN NOT isnan(CAST({_name(name)} AS DOUBLE)) THEN CAST({_name(name)} AS DOUBLE) END"
-    return f"nullif(CAST({_name(name)} AS VARCHAR), '')"
+        return f"CASE WHEN NOT isnan(CAST({sql_name(name)} AS DOUBLE)) THEN CAST({sql_name(name)} AS DOUBLE) END"
+    return f"nullif(CAST({sql_name(name)} AS VARCHAR), '')"
 
 
 class _Problems:
@@ -649,7 +653,7 @@ class _Problems:
         total = int(bad.sum())
         if total:
             row = int(np.argmax(bad))
-            fetched = self.database.execute(f"SELECT {_name(column)} FROM log LIMIT 1 OFFSET {row}").fetchone()
+            fetched = self.database.execute(f"SELECT {sql_name(column)} FROM log LIMIT 1 OFFSET {row}").fetchone()
             example = "missing" if fetched is None or fetched[0] is None else repr(fetched[0])
             rows = f"{total:,} row{'s' if total > 1 else ''}, first data row {row + 1:,} ({example})"
             self.found.append(f"{self.path}: column {column!r}: {what} in {rows}. {remedy}")
@@ -795,7 +799,7 @@ def _scaled(
     return np.asarray(weight / np.average(weight[row], weights=count))
 
 
-def _tag_values(text: str | None, *, is_list: bool) -> tuple[str, ...]:
+def tag_values(text: str | None, *, is_list: bool) -> tuple[str, ...]:
     """The values in a tag cell, each once, sorted: the order in which tags are listed means nothing."""
     if text is None:
         return ()
@@ -811,9 +815,9 @@ def _variants(
     tags: dict[str, Codes] = {}
     for name in schema.variant:
         column = columns["variant", name]
-        is_list = problems.database.sql(f"SELECT {_name(name)} FROM log LIMIT 0").types[0].id == "list"
+        is_list = problems.database.sql(f"SELECT {sql_name(name)} FROM log LIMIT 0").types[0].id == "list"
         texts, codes = text_codes(column)
-        cells = [_tag_values(t, is_list=is_list) for t in texts.to_pylist()]
+        cells = [tag_values(t, is_list=is_list) for t in texts.to_pylist()]
         values[name] = sorted(set(cells))
         index = {cell: i for i, cell in enumerate(values[name])}
         tags[name] = np.array([index[cell] for cell in cells], dtype=np.int64)[codes]

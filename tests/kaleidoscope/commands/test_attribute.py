@@ -1,0 +1,194 @@
+"""`kaleidoscope attribute`: what is written of a log and of a scene, and what is refused with nothing written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from scipy.special import expit
+
+from kaleidoscope.access import operator
+from kaleidoscope.cli import main
+from kaleidoscope.commands.attribute import attribute_log, attribute_scene, csv_text
+from kaleidoscope.database import Database
+from kaleidoscope.errors import InputError, JobError, LogError, NotFoundError
+from kaleidoscope.portraits import latest_portrait, portrait_of
+from kaleidoscope.progress import Silent
+from kaleidoscope.settings import Settings
+from tests.kaleidoscope.commands.acme import SCENES, platform
+
+FILES = ["grid.csv", "insights.csv", "main_effects.csv", "portrait.csv", "report.html", "summary.json"]
+SCRIPT = "<script>alert(1)</script>"
+
+
+def write_log(folder: Path, n: int = 6_000, **schema: Any) -> tuple[Path, Path]:
+    """A log in which women like loud, buckets and all, and of whose cities one is a formula and one a script."""
+    rng = np.random.default_rng(3)
+    gender, tone = rng.integers(0, 2, n), rng.integers(0, 3, n)
+    click = rng.random(n) < expit(-2 + 0.9 * (gender == 0) * (tone == 1))
+    table = pa.table(
+        {
+            "click": click.astype(np.int8),
+            "user": np.arange(n),
+            "gender": np.array(["f", "m"])[gender],
+            "city": np.array(["=1+1", SCRIPT, "Ulm"])[rng.integers(0, 3, n)],
+            "tone": np.array(["calm", "loud", "plain"])[tone],
+            "style": np.array(["flat", "real"])[rng.integers(0, 2, n)],
+            "bucket": np.array(["random", "control"])[(rng.random(n) < 0.2).astype(int)],
+        }
+    )
+    pq.write_table(table, folder / "log.parquet")
+    document = {"label": "click", "unit": "user", "user": ["gender", "city"], "variant": ["tone", "style"]}
+    document |= {"bucket": "bucket"} | schema
+    (folder / "schema.yaml").write_text(yaml.safe_dump(document))
+    return folder / "log.parquet", folder / "schema.yaml"
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+def test_a_log_gives_a_report_a_summary_and_tables(tmp_path: Path) -> None:
+    log, schema = write_log(tmp_path)
+    out = tmp_path / "report"
+    summary = attribute_log(log, schema, out, seed=0, progress=Silent(), simulated=True)
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    kept = json.loads((out / "summary.json").read_text())
+    assert kept == json.loads(json.dumps(summary))
+    assert (
+        kept["simulated"] is True and kept["exposures"] == 6_000 and kept["shown"]["style"].keys() == {"flat", "real"}
+    )
+    (insight,) = kept["insights"]
+    assert insight["segment"] in ({"gender": "f"}, {"gender": "m"}) and insight["tag"] == {"tone": "loud"}
+    assert (insight["effect"] > 0) == (insight["segment"] == {"gender": "f"}) and insight["q_value"] <= 0.05
+    assert kept["agreement"][0]["consensus"] and "statistics" in kept["agreement"][0]["found_by"]
+    assert set(kept["methods"]) | set(kept["not_done"]) == {
+        "statistics", "ebm", "grid", "preference", "contributions", "network",
+    }  # fmt: skip
+    assert kept["not_done"]["network"] == "No model was given."
+    page = (out / "report.html").read_text()
+    assert SCRIPT not in page and "gender" in page
+    rows = rows_of(out / "insights.csv")
+    assert {row["method"] for row in rows} >= {"statistics", "preference"}
+    portrait = rows_of(out / "portrait.csv")
+    assert {"city==1+1", f"city={SCRIPT}", "gender=f"} <= {row["segment"] for row in portrait}
+
+
+def test_the_control_bucket_says_nothing_of_preferences(tmp_path: Path) -> None:
+    log, schema = write_log(tmp_path)
+    kept = attribute_log(log, schema, tmp_path / "report", seed=0, progress=Silent())
+    rows = rows_of(tmp_path / "report" / "portrait.csv")
+    shown = sum(int(row["n"]) for row in rows if row["segment"] in ("gender=f", "gender=m") and "style" in row["tag"])
+    assert shown == kept["buckets"]["random"]  # type: ignore[index]
+
+
+def test_what_a_spreadsheet_would_run_is_text() -> None:
+    text = csv_text(("a", "b"), [{"a": "=1+1", "b": 0.1234567}, {"a": "-x", "b": None}, {"a": "1,5", "b": 3}])
+    assert text == "a,b\n'=1+1,0.123457\n'-x,\n\"1,5\",3\n"
+
+
+def test_what_cannot_be_attributed_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    n = 4_000
+    gender = rng.integers(0, 2, n)
+    tone = (rng.random(n) < np.where(gender == 0, 0.9, 0.1)).astype(int)
+    table = {"click": rng.integers(0, 2, n), "gender": np.array(["f", "m"])[gender], "tone": np.array(["a", "b"])[tone]}
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    (tmp_path / "schema.yaml").write_text(yaml.safe_dump({"label": "click", "user": ["gender"], "variant": ["tone"]}))
+    with pytest.raises(LogError, match="no propensities"):
+        attribute_log(tmp_path / "log.parquet", tmp_path / "schema.yaml", tmp_path / "out", seed=0, progress=Silent())
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_log_without_user_fields_says_what_was_not_done(tmp_path: Path) -> None:
+    log, schema = write_log(tmp_path, n=2_000, user=[])
+    kept = attribute_log(log, schema, tmp_path / "report", seed=0, progress=Silent())
+    assert kept["insights"] == [] and len(kept["main_effects"]) > 0  # type: ignore[arg-type]
+    assert "no user fields" in kept["not_done"]["ebm"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("LOG --out OUT", "--schema SCHEMA.yaml"),
+        ("LOG --schema SCHEMA", "--out, the folder for the report, is needed"),
+        ("LOG --schema SCHEMA --out OUT --from 2026-01-01", "--from and --until are for scenes"),
+        ("home", "name the business"),
+        ("LOG --schema SCHEMA --out OUT --model nowhere", "no exported model there"),
+        ("nowhere.parquet --schema SCHEMA --out OUT", "nowhere.parquet"),
+    ],
+)
+def test_the_command_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, says: str
+) -> None:
+    log, schema = write_log(tmp_path, n=100)
+    monkeypatch.chdir(tmp_path)
+    words = line.replace("LOG", str(log)).replace("SCHEMA", str(schema)).replace("OUT", "out").split()
+    with pytest.raises(SystemExit) as stop:
+        main(["attribute", *words])
+    assert stop.value.code and says in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+# ── a scene ──
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory, sqlite_template: Path) -> Iterator[Settings]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "mlflow", None)
+        yield platform(tmp_path_factory.mktemp("acme"), sqlite_template)
+
+
+def test_a_scene_keeps_its_portrait(settings: Settings, tmp_path: Path) -> None:
+    def attribute() -> dict[str, Any]:
+        return attribute_scene(
+            settings, business="acme", scene="home", out_dir=tmp_path, seed=1, progress=Silent(), simulated=True
+        )
+
+    summary = attribute()
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    assert summary["portrait"] == {"number": 1, "new": True, "cells": summary["portrait"]["cells"]}
+    assert summary["exposures"] == SCENES["home"][1] and summary["insights"]
+    assert attribute()["portrait"]["new"] is False  # the same log, analysed in the same way
+    caller = operator("ann", "acme")
+    with Database(settings.database_url) as database, database.transaction(caller, write=False) as session:
+        stored = latest_portrait(session, "home")
+        assert (stored.exposures, stored.taxonomy, stored.releases, stored.simulated) == (6_000, 1, [1], True)
+        cells = portrait_of(session, "home", limit=500).items
+    found = [cell for cell in cells if cell.segment and cell.effect is not None]
+    assert [(c.segment, c.tag, c.effect) for c in found] == [
+        (i["segment"], i["tag"], pytest.approx(i["effect"])) for i in summary["insights"]
+    ] or {(*c.segment.items(), *c.tag.items()) for c in found} == {
+        (*i["segment"].items(), *i["tag"].items()) for i in summary["insights"]
+    }
+    assert all(cell.clicks is not None and cell.ctr is not None for cell in cells if not cell.segment)
+
+
+def test_a_scene_with_too_little_or_that_is_not_there_is_refused(settings: Settings, tmp_path: Path) -> None:
+    def attribute(scene: str, **more: Any) -> None:
+        attribute_scene(settings, business="acme", scene=scene, out_dir=tmp_path, seed=1, progress=Silent(), **more)
+
+    with pytest.raises(InputError, match="60 exposures to attribute, at least 1,000 are needed"):
+        attribute("young")
+    with pytest.raises(NotFoundError):
+        attribute("../elsewhere")
+    with pytest.raises(NotFoundError):
+        attribute("home", model="challenger")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    log, schema = write_log(tmp_path, n=100)
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(JobError, match="cannot be written to"):
+        attribute_log(log, schema, tmp_path / "taken", seed=0, progress=Silent())
