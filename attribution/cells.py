@@ -312,7 +312,7 @@ class Cells:
                 f"{path}: cannot be read: {error}. Copy the file again, or make the cells anew."
             ) from error
         if about is None:
-            raise InputError(f"{path}: holds no cells. Name a file that `Cells.save` wrote.")
+            raise InputError(f"{path}: holds no cells. Name a file that `kaleidoscope cells build` wrote.")
         if about["version"] != VERSION:
             raise InputError(
                 f"{path}: was written in version {about['version']} of the format, and this is version {VERSION}."

@@ -76,7 +76,7 @@ def preferences(coded: Coded, cells: Cells | None = None) -> PreferenceResult:
 
 
 def preference_cells(cells: Cells) -> tuple[PreferenceCell, ...]:
-    """The rows of a portrait from the sums alone: every segment of the definitions × every tag that some exposures lack.
+    """The rows of a portrait from the sums alone: every segment of the definitions × every tag that some lack.
 
     Errors are by unit; insights need the rows of the log, and are for `preferences`.
     """
@@ -386,7 +386,8 @@ class _Shrunk:
         at = {name: i for i, name in enumerate(names)}
         family = np.array([at[name] for name in families])
         seen = np.isfinite(ratios.drawn) & np.isfinite(ratios.se) & (ratios.se > 0)
-        sd = np.hypot(np.where(seen, ratios.se, np.nan)[:, None], PRIOR_SDS)  # (C, τ)
+        se = np.where(seen, ratios.se, np.nan)
+        sd = np.hypot(se[:, None], PRIOR_SDS)  # (C, τ)
         likelihood = stats.norm.logpdf(ratios.drawn[:, None], 0, sd)
         # Cells of a family are not independent: values and tags sum to the whole, and halves are made of quarters.
         told = np.flatnonzero(seen & ratios.enough)
@@ -395,8 +396,8 @@ class _Shrunk:
         of_family = np.stack([sums(family[told], column, size=len(names)) for column in likelihood[told].T], axis=1)
         of_family *= np.minimum(free / np.maximum(count, 1), 1.0)[:, None]
         posterior = _mixture(of_family)[family]  # (C, τ)
-        left = 1 / (1 / PRIOR_SDS**2 + 1 / (ratios.se**2)[:, None])
-        mean, spread = left * (ratios.drawn / ratios.se**2)[:, None], np.sqrt(left)
+        left = 1 / (1 / PRIOR_SDS**2 + 1 / (se**2)[:, None])
+        mean, spread = left * (ratios.drawn / se**2)[:, None], np.sqrt(left)
         tail = (1 - LEVEL) / 2
         low, high = (_quantile(level, posterior, mean, spread) for level in (tail, 1 - tail))
         value = np.where(seen, (posterior * mean).sum(axis=1), np.nan)

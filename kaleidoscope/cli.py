@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -40,6 +41,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+)
+
+cells_group = typer.Typer(
+    name="cells", help="A log of any size as sums that add up over days, and what they say.", no_args_is_help=True
 )
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
@@ -223,6 +228,95 @@ def attribute(
         from kaleidoscope.commands.attribute import said
 
         print_lines(*said(summary), f"Report: {out / 'report.html'}")
+
+
+class CellsPeriod(StrEnum):
+    """What the time of a log is cut into."""
+
+    DAY = "day"
+    WEEK = "week"
+    MONTH = "month"
+    NONE = "none"
+
+
+class CellsBy(StrEnum):
+    """What cells are shown by."""
+
+    BUCKET = "bucket"
+    PERIOD = "period"
+
+
+@cells_group.command("build")
+def cells_build(
+    logs: Annotated[
+        list[Path], typer.Argument(metavar="LOG…", exists=True, help="Impression logs, Parquet or CSV: at least one.")
+    ],
+    schema: Annotated[
+        Path, typer.Option("--schema", exists=True, dir_okay=False, help="What their columns mean (YAML).")
+    ],
+    out: Annotated[Path, typer.Option("--out", dir_okay=False, help="Parquet file for the cells.")],
+    add: Annotated[
+        Path | None,
+        typer.Option("--add", exists=True, dir_okay=False, help="Earlier cells to add these to; may be --out itself."),
+    ] = None,
+    period: Annotated[
+        CellsPeriod | None,
+        typer.Option("--period", help="What time is cut into. Default: day; with --add as there."),
+    ] = None,
+    no_pairs: Annotated[
+        bool, typer.Option("--no-pairs", help="Do not sum up pairs of user values and pairs of tags.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Although the file is there already.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Sum up logs of any size in one pass; add them to earlier sums without reading the old logs."""
+    from kaleidoscope.settings import load_settings
+
+    _limit_threads(load_settings().threads)
+    with _job_output(as_json) as progress:
+        from kaleidoscope.commands.cells import build_cells
+
+        built = build_cells(
+            logs,
+            schema,
+            out,
+            add=add,
+            period="default" if period is None else None if period is CellsPeriod.NONE else period.value,
+            pairs=not no_pairs,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(built)
+    else:
+        from kaleidoscope.commands.cells import built_lines
+
+        print_lines(*built_lines(built))
+
+
+@cells_group.command("show")
+def cells_show(
+    file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="What `build` wrote.")],
+    by: Annotated[CellsBy | None, typer.Option("--by", help="Clicks of exposures of each of these, too.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, max=1_000_000, help="Preferences to list.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what cells hold: how often each tag is clicked, main effects, and the strongest preferences."""
+    from kaleidoscope.settings import load_settings
+
+    _limit_threads(load_settings().threads)
+    with _job_output(as_json) as progress:
+        from kaleidoscope.commands.cells import show_cells, shown_lines
+
+        progress.stage(f"read {file.name}")
+        shown = show_cells(file, by=None if by is None else by.value, limit=limit)
+    if as_json:
+        _print_json(shown)
+    else:
+        print_lines(*shown_lines(shown))
+
+
+app.add_typer(cells_group)
 
 
 @app.command()

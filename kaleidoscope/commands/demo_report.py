@@ -98,10 +98,11 @@ def _preferences(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"{exposures} show of no group of users that it prefers a tag more than others do."
     if found["findings"]:
         missed = [name for name, there in found["findings"].items() if not there]
+        recovered = [name for name, there in found["findings"].items() if there]
         named = f"; not {', '.join(missed)}" if missed else ""
         yield (
-            f"Of its {len(found['findings'])} published findings {len(found['findings']) - len(missed)} were recovered"
-            f" with the right sign{named}."
+            f"Of its {len(found['findings'])} published findings {len(recovered)} were recovered with the right sign"
+            f"{': ' * bool(recovered)}{', '.join(recovered)}{named}."
         )
 
 
@@ -142,6 +143,8 @@ def whereabouts(out_dir: Path, url: str, scene: str) -> list[str]:
         "Look around there with every other command:",
         f"  set -a; . {variables}; set +a",
         f"  kaleidoscope experiment show {scene} --simulated",
+        f"  kaleidoscope attribute {scene} --simulated",
+        f"  kaleidoscope portrait design {scene} --attribute age=30 --attribute investor=beginner",
         f"  kaleidoscope release ledger {scene}",
         "",
     ]
