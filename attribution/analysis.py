@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 METHODS = (STATISTICS, EBM, GRID, PREFERENCE, CONTRIBUTIONS, NETWORK)
 SCORED = 50_000  # exposures that a model's logits are asked of
 SCORED_AT_ONCE = 2_000
+MOST_VARIANTS = 20_000  # whose tags the report can name
 EARLIEST_S, LATEST_S = 946_684_800.0, 4_102_444_800.0  # 2000 and 2100
 
 
@@ -60,6 +61,7 @@ class Analysis:
     simulated: bool
     seed: int
     facts: Facts
+    variants: Mapping[str, Mapping[str, Sequence[str]]]  # id → dimension → values, of those that were shown
     tags: tuple[Tag, ...]  # that vary, in the order in which `Examined.tags` counts them
     attribution: Attribution  # method 1: statistics
     preference: PreferenceResult | None
@@ -165,6 +167,7 @@ def analyse(
         simulated=simulated,
         seed=seed,
         facts=facts_of(log),
+        variants=_variants(log),
         tags=coded.tags,
         attribution=statistics,
         agreements=agreements(by_method),
@@ -202,6 +205,15 @@ def facts_of(log: Log) -> Facts:
         dimensions=log.schema.variant,
         shown=_shown(log),
     )
+
+
+def _variants(log: Log) -> dict[str, dict[str, list[str]]]:
+    shown = np.flatnonzero(sums(log.variant, log.count, size=log.n_variants) > 0)
+    if len(shown) > MOST_VARIANTS:
+        return {}
+    names = ("variant_id", *log.schema.variant)
+    rows = log.variants.select(names).take(shown).to_pylist()
+    return {str(row.pop("variant_id")): {name: list(values or ()) for name, values in row.items()} for row in rows}
 
 
 def _shown(log: Log) -> dict[str, dict[str, int]]:

@@ -20,8 +20,7 @@ from scipy.special import logit
 from attribution.coding import Coded, Segment, UserField
 from attribution.discoveries import Examined
 from attribution.logistic import Fit, Sums, fit
-from attribution.screening import MIN_EXPECTED, MIN_INFORMATION
-from attribution.screening import pooled_design_effect
+from attribution.screening import MIN_EXPECTED, MIN_INFORMATION, pooled_design_effect
 from kaleidoscope.log import Codes, Floats, combine, sums
 
 MIN_SHARE = 0.05  # of the exposures, of a value that is crossed with others

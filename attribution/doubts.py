@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from attribution.effectiveness import Effectiveness, EyeCatching, Fatigue, Measured, OtherCauses
 
 LISTED = 25  # rows of a table
+TAGS_SHOWN = 160  # characters of a variant's tags
 UNEVEN = 0.05  # q, or p adjusted, up to which a difference is drawn as one
 
 
@@ -32,16 +33,16 @@ class Doubt:
 JUDGED = {"no_sign": "✓ No sign of it", "sign": "⚠ Signs of it", "cannot_say": "? Cannot say"}
 
 
-def doubts(found: Effectiveness) -> list[Doubt]:
-    """The doubts in their order."""
+def doubts(found: Effectiveness, carried: Mapping[str, Mapping[str, Sequence[str]]]) -> list[Doubt]:
+    """The doubts in their order; `carried` says what tags variants carry: id → dimension → values."""
     fatigue, other, few = found.fatigue, found.other_causes, found.eye_catching
     return [
         Doubt("1. Will it wear off? Fatigue and novelty", JUDGED[fatigue.verdict], fatigue.reason, _trends(fatigue),
                fatigue.sentences),
         Doubt("2. Is it something other than the UI?", JUDGED[other.verdict], other.reason, _comparisons(other),
                other.sentences),
-        Doubt("3. Is it only a few eye-catching variants?", JUDGED[few.verdict], few.reason, _eye_catching(few),
-               few.sentences),
+        Doubt("3. Is it only a few eye-catching variants?", JUDGED[few.verdict], few.reason,
+               _eye_catching(few, carried), few.sentences),
     ]  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def _comparisons(other: OtherCauses) -> list[tuple[str, Markup]]:
     return pictures
 
 
-def _eye_catching(few: EyeCatching) -> list[tuple[str, Markup]]:
+def _eye_catching(few: EyeCatching, carried: Mapping[str, Mapping[str, Sequence[str]]]) -> list[tuple[str, Markup]]:
     pictures = []
     if few.split is not None:
         split = few.split
@@ -135,9 +136,10 @@ def _eye_catching(few: EyeCatching) -> list[tuple[str, Markup]]:
             sure = v.q_value is not None and v.q_value <= UNEVEN
             bar = replace(_measured(name(v.variant_id, 40), v.lift, Unit.RATIO, v.exposures), marked=sure)
             rates = f"chosen {_rate(v.ctr)}; at random {_rate(v.random_ctr)}; {share(v.share, 0)} of what was chosen"
-            bars.append(replace(bar, note=rates))
+            tags = ", ".join("|".join(values) for values in carried.get(v.variant_id, {}).values() if values)
+            bars.append(replace(bar, note=f"{rates}; {text(tags)[:TAGS_SHOWN]}" if tags else rates))
         left = len(few.variants) - len(bars)
-        more = f" ({left:,} more variants, shown less, are left to the CSV files beside this page)" if left else ""
+        more = f" ({left:,} more variants, shown less, are in variants.csv)" if left else ""
         pictures.append((
             f"Each variant where the model chose it, over the same variant shown at random{more}. Filled: q ≤ {UNEVEN}",
             forest(bars, head="Variant", value="More clicks than at random", even=True),

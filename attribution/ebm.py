@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,17 +22,19 @@ from threadpoolctl import threadpool_limits
 from attribution.cells import dealt
 from attribution.coding import Coded, Segment
 from attribution.insights import Candidate, Diagnostics, Insight, confirm, halves
-from attribution.logistic import Projection, Sums
-from attribution.screening import Screened, screen
+from attribution.logistic import Projection, Sums, fit
 from kaleidoscope.errors import LogError
 from kaleidoscope.log import FEW_UNITS, Codes, Floats, combine, factorise, sums
 
 METHOD = "ebm"
 OUTER_BAGS = 8
 LEVEL = 0.95
-SUSPECTED = 0.2  # p-value (Simes) of a field × dimension's strongest segment × tag, up to which the pair is boosted:
+SUSPECTED = 0.1  # p-value (Simes) of a field × dimension's strongest segment × tag, up to which the pair is boosted:
 # far from significant, and yet few, because the noise of many pairs ends boosting before a small log has said anything
-FEWEST_PAIRS, MOST_PAIRS = 2, 24
+MOST_PAIRS = 24
+BACKFITS = 2
+TIED = 5.0  # of log p, within which the weaker of two correlated pairs may be the true one
+LEAST_INFORMATION = 5.0  # about as many clicks with the tag inside the segment, and without it outside
 MOST_COMBINATIONS = 24  # of a dimension's values on one variant; from there on each value is a feature of its own
 COMPRESSED = 0.75  # share of the rows that identical ones have to come down to for weights to be worth it
 FEWEST_CLICKS = 40  # and exposures without one, below which there is nothing to learn
@@ -175,10 +177,14 @@ def boosted(coded: Coded, *, seed: int = 0, outer_bags: int = OUTER_BAGS) -> Boo
     if not 0 < coded.reward.mean() < 1:
         raise ValueError("there have to be exposures with and without a click to fit an EBM")
     rows, fold = _dealt(coded, outer_bags)
-    screened, axes = screen(rows), _axes(coded)
-    residual = rows.size * (rows.reward - screened.null.probability)
-    start = _Start.of(screened.data, screened.projection, residual, screened.null.columns, screened.null.strata, fold)
-    return _fitted(rows, axes, _suspected(screened, axes), start, {"objective": "log_loss"}, seed)
+    data, axes = Sums(rows), _axes(coded)
+    null = fit(data, rows.reward)
+    q = null.probability
+    residual, weight = rows.size * (rows.reward - q), rows.size * q * (1 - q)
+    start = _Start.of(data, Projection.of(data.gram(weight)), residual, null.columns, null.strata, fold)
+    spread = float((rows.count * rows.weight**2).sum() / rows.size.sum())  # the variance of a weighted score is more
+    pairs = _forward(rows, axes, residual, weight, lambda a, b, score, own: _suspicion(a, b, score, own, spread), TIED)
+    return _fitted(rows, axes, pairs, start, {"objective": "log_loss"}, seed)
 
 
 def _boosted_logits(coded: Coded, seed: int) -> Boosted:
@@ -191,7 +197,10 @@ def _boosted_logits(coded: Coded, seed: int) -> Boosted:
     beta, of_strata = (found[:, 0] for found in projection.coefficients(columns[:, None], strata[:, None]))
     residual = rows.reward - mean - data.linear(beta, of_strata)
     start = _Start.of(data, projection, rows.size * residual, beta, of_strata + mean, fold)
-    chosen = _explaining(rows, axes, residual)
+    total = float(rows.size @ (rows.reward - mean) ** 2)
+    chosen = _forward(
+        rows, axes, rows.size * residual, rows.size, lambda _a, _b, score, own: _explained(score, own, total), 0.0
+    )
     settings = {"objective": "rmse", "max_rounds": NETWORK_ROUNDS}
     return _fitted(rows, axes, chosen, start, settings, seed)
 
@@ -270,40 +279,70 @@ def _dimension(coded: Coded, dimension: str) -> list[Axis]:
     return [Axis(dimension, labels, code, None, tuple(zip(tags, combinations.T, strict=True)))]
 
 
-def _suspected(screened: Screened, axes: Sequence[Axis]) -> list[tuple[int, int]]:
-    """The pairs of axes that score tests of their segments × tags do not clear, the most suspect first."""
-    z: dict[tuple[str, int], list[float]] = {}
-    examined = screened.examined
-    for segment, tag, value in zip(examined.segments, examined.tags, examined.z, strict=True):
-        z.setdefault((segment.field, tag), []).append(float(value))
-    simes = []
-    for i, user in enumerate(axes):
-        for j, dimension in enumerate(axes):
-            if user.of_user and not dimension.of_user:
-                values = np.array([v for tag, _ in dimension.parts for v in z.get((user.name, tag), [])])
-                p = np.sort(2 * stats.norm.sf(np.abs(values)))
-                if len(p):
-                    simes.append((float((p * len(p) / np.arange(1, len(p) + 1)).min()), i, j))
-    simes.sort()
-    return [(i, j) for place, (p, i, j) in enumerate(simes[:MOST_PAIRS]) if p <= SUSPECTED or place < FEWEST_PAIRS]
+Worth = Callable[[Axis, Axis, Floats, Floats], float]
 
 
-def _explaining(coded: Coded, axes: Sequence[Axis], residual: Floats) -> list[tuple[int, int]]:
-    """The pairs of axes whose cells explain most of what main effects leave of numbers without noise."""
-    codes, total = [axis.codes(coded) for axis in axes], float(coded.size @ coded.reward**2)
-    mean = float(np.average(coded.reward, weights=coded.size))
-    total -= coded.size.sum() * mean**2
-    found = []
-    for i, user in enumerate(axes):
-        for j, dimension in enumerate(axes):
-            if user.of_user and not dimension.of_user:
-                shape = len(user.labels), len(dimension.labels)
-                key = codes[i] * shape[1] + codes[j]
-                n = sums(key, coded.size, size=shape[0] * shape[1]).reshape(shape)
-                cell = sums(key, coded.size * residual, size=n.size).reshape(shape) / np.maximum(n, 1e-300)
-                found.append((float((n * _purified(cell[None], n)[0][0] ** 2).sum()), i, j))
-    found.sort(reverse=True)
-    return [(i, j) for explained, i, j in found[:MOST_PAIRS] if explained > LEAST_VARIANCE * max(total, 1e-300)]
+def _forward(
+    coded: Coded, axes: Sequence[Axis], residual: Floats, weight: Floats, worth: Worth, tie: float
+) -> list[tuple[int, int]]:
+    """Pairs of a user field and a dimension that are worth boosting, each beside those before it, the best first; and
+    those that came within `tie` of one of them, because which of two correlated ones it is the other half has to say.
+
+    residual (n,) is the score, weight (n,) the information of the exposures; `worth` sees their sums (V, K) by the
+    cells of a pair, and is positive where the pair may be something. Unlike the rank of pairs one by one, this does
+    not name all that a correlated field or dimension seems to do.
+    """
+    codes = [axis.codes(coded).astype(np.int32) for axis in axes]
+    residual = residual.copy()
+    left = [(i, j) for i, a in enumerate(axes) for j, b in enumerate(axes) if a.of_user and not b.of_user]
+    tied = dict[tuple[int, int], None]()
+    chosen = dict[tuple[int, int], tuple[Any, Floats]]()  # pair → (n,) cell of each exposure, (V, K) information
+
+    def cells(pair: tuple[int, int]) -> Any:
+        return codes[pair[0]] * len(axes[pair[1]].labels) + codes[pair[1]]
+
+    def table(pair: tuple[int, int], key: Any, amount: Floats) -> Floats:
+        shape = len(axes[pair[0]].labels), len(axes[pair[1]].labels)
+        return np.asarray(np.bincount(key, amount, shape[0] * shape[1]).reshape(shape))
+
+    information = {pair: table(pair, cells(pair), weight) for pair in left}
+    while left and len(chosen) < MOST_PAIRS:
+        found = {}
+        for pair in left:
+            value = worth(axes[pair[0]], axes[pair[1]], table(pair, cells(pair), residual), information[pair])
+            if value > 0:
+                found[pair] = value
+        if not found:
+            break
+        best = max(found, key=lambda pair: found[pair])
+        tied |= dict.fromkeys(pair for pair in found if found[best] - found[pair] < tie)
+        chosen[best] = cells(best), information[best]
+        left = [pair for pair in found if pair != best]
+        for _ in range(BACKFITS):
+            for pair, (key, own) in reversed(chosen.items()):
+                step = table(pair, key, residual) / np.maximum(own, 1e-300)
+                residual -= weight * _purified(step[None], own)[0].reshape(-1)[key]
+    return [*chosen, *(pair for pair in tied if pair not in chosen)][:MOST_PAIRS]
+
+
+def _suspicion(user: Axis, dimension: Axis, score: Floats, own: Floats, spread: float) -> float:
+    """By how much (log) the p-value (Simes) of a pair's segments × tags is below SUSPECTED."""
+    inside = np.array([member for _, member in user.parts], dtype=float)
+    carrying = np.array([member for _, member in dimension.parts], dtype=float).T
+    total = own.sum()
+    a, b = inside @ own.sum(axis=1) / total, own.sum(axis=0) @ carrying / total
+    at_random = total * np.outer(a * (1 - a), b * (1 - b))
+    z = (inside @ score @ carrying) / np.sqrt(np.maximum(at_random, 1e-12) * spread)
+    log_p = np.sort(np.log(2) + stats.norm.logsf(np.abs(z[at_random >= LEAST_INFORMATION])))
+    if not len(log_p):
+        return -np.inf
+    return float(np.log(SUSPECTED) - (log_p + np.log(len(log_p) / np.arange(1, len(log_p) + 1))).min())
+
+
+def _explained(score: Floats, own: Floats, total: float) -> float:
+    """What the cells of a pair explain of numbers without noise, beyond the least that is worth it."""
+    cell = _purified((score / np.maximum(own, 1e-300))[None], own)[0][0]
+    return float((own * cell**2).sum()) - LEAST_VARIANCE * total
 
 
 # ── where boosting starts ───────────────────────────────────────────────────────────────────────────────────────────
@@ -441,15 +480,20 @@ def _fitted(
     for i, j in pairs:
         shape = len(axes[i].labels), len(axes[j].labels)
         joint_n.append(sums(codes[i] * shape[1] + codes[j], coded.count, size=shape[0] * shape[1]).reshape(shape))
-    model = _fit(coded, codes, axes, pairs, start, settings, seed)
-    terms = dict(zip(model.term_features_, model.bagged_scores_, strict=True))
-    before = start.of_axes(Sums(coded), axes)
-    main = [before[i] + _values(model, i, axis, 0, terms[i,]) for i, axis in enumerate(axes)]
+    used = sorted({i for pair in pairs for i in pair})
+    place = {i: at for at, i in enumerate(used)}
+    model, terms = None, dict[tuple[int, int], Floats]()
+    if pairs:
+        inner = [(place[i], place[j]) for i, j in pairs]
+        model = _fit(coded, codes, axes, used, inner, start, settings, seed)
+        terms = dict(zip(model.term_features_, model.bagged_scores_, strict=True))
+    main = start.of_axes(Sums(coded), axes)
     by_stratum = sums(coded.stratum, coded.size, size=len(start.strata))
     level = float(np.average(start.strata, weights=by_stratum))
-    intercept, joint = float(np.mean(model.bagged_intercept_)) + level, []
+    intercept, joint = level + (0.0 if model is None else float(np.mean(model.bagged_intercept_))), list[Floats]()
     for (i, j), weight in zip(pairs, joint_n, strict=True):
-        scores = _values(model, j, axes[j], 1, _values(model, i, axes[i], 1, terms[i, j]), at=2)
+        a, b = place[i], place[j]
+        scores = _values(model, b, axes[j], _values(model, a, axes[i], terms[a, b]), at=2)
         pure, rows, columns = _purified(scores, weight)
         main[i], main[j] = main[i] + rows, main[j] + columns
         joint.append(pure)
@@ -467,19 +511,19 @@ def _fitted(
 
 
 def _fit(
-    coded: Coded, codes: Sequence[Codes], axes: Sequence[Axis], pairs: Sequence[tuple[int, int]], start: _Start,
-    settings: Mapping[str, Any], seed: int,
+    coded: Coded, codes: Sequence[Codes], axes: Sequence[Axis], used: Sequence[int], pairs: Sequence[tuple[int, int]],
+    start: _Start, settings: Mapping[str, Any], seed: int,
 ) -> Any:  # fmt: skip
-    """The fitted model of `interpret`. Bags are threads: they share the binned rows, which a process each would not,
-    and the library computes without holding the interpreter."""
+    """The fitted model of `interpret`, of the used axes and pairs of positions among them. Bags are threads: they share
+    the binned rows, which a process each would not, and the library computes without holding the interpreter."""
     from interpret.glassbox import ExplainableBoostingClassifier, ExplainableBoostingRegressor
     from joblib import parallel_config  # type: ignore[import-untyped]
 
     clicks, bags = settings["objective"] == "log_loss", start.columns.shape[1]
     first, size = _distinct(coded, codes, start) if clicks else (np.arange(len(coded)), coded.size)
-    columns = np.empty((len(first), len(axes)), order="F")
+    columns = np.empty((len(first), len(used)), order="F")
     types: list[Any] = []
-    for i, (axis, code) in enumerate(zip(axes, codes, strict=True)):
+    for i, (axis, code) in enumerate((axes[a], codes[a]) for a in used):
         columns[:, i] = code[first]
         if axis.missing is not None and axis.missing > 1:
             columns[code[first] == axis.missing, i] = np.nan
@@ -489,7 +533,7 @@ def _fit(
     weight = None if np.ptp(size) < 1e-9 else size
     held_out = np.where(start.fold[first, None] == np.arange(bags), -1, 1).astype(np.int8)
     model = (ExplainableBoostingClassifier if clicks else ExplainableBoostingRegressor)(
-        feature_names=[f"x{i}" for i in range(len(axes))], feature_types=types, interactions=list(pairs),
+        feature_names=[f"x{i}" for i in used], feature_types=types, interactions=list(pairs), exclude="mains",
         outer_bags=bags, n_jobs=-1, random_state=seed, **settings,
     )  # fmt: skip
     outcome = coded.reward[first].astype(np.int64) if clicks else coded.reward[first]
@@ -510,10 +554,9 @@ def _distinct(coded: Coded, codes: Sequence[Codes], start: _Start) -> tuple[Code
     return first, sums(key, coded.size, size=distinct)
 
 
-def _values(model: Any, feature: int, axis: Axis, level: int, scores: Floats, at: int = 1) -> Floats:
+def _values(model: Any, feature: int, axis: Axis, scores: Floats, at: int = 1) -> Floats:
     """Scores with their axis `at`, which is the library's bins of a feature, by the values of its axis instead."""
-    bins = model.bins_[feature]
-    bins = bins[min(level, len(bins) - 1)]
+    bins = model.bins_[feature][-1]
     values = np.arange(len(axis.labels))
     if isinstance(bins, dict):
         place = np.array([bins.get(str(v), bins.get(str(float(v)), -1)) for v in values])

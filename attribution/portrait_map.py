@@ -145,7 +145,7 @@ def _block(
         return drawn
 
     now = [g for g in order if g in strength] or order
-    if sum(len(groups[g]) for g in order) <= 3 * COLUMNS:
+    if sum(len(groups[g]) for g in order) <= COLUMNS:
         now = order
     if not strength and sum(len(groups[g]) for g in now) > 3 * COLUMNS:
         now = order[:1]

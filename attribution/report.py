@@ -83,7 +83,7 @@ def render(analysis: Analysis) -> str:
         network=None if analysis.network_ebm is None
         else _learned(analysis.network_ebm.shapes, analysis.network_ebm.heat_maps),
         grid=_crossings(analysis, found),
-        doubts=None if analysis.effectiveness is None else doubts(analysis.effectiveness),
+        doubts=None if analysis.effectiveness is None else doubts(analysis.effectiveness, analysis.variants),
         contributions=_contributions(analysis),
         agreement=_agreement(analysis),
         main=_main_effects(analysis),

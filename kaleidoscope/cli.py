@@ -11,10 +11,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -230,22 +229,6 @@ def attribute(
         print_lines(*said(summary), f"Report: {out / 'report.html'}")
 
 
-class CellsPeriod(StrEnum):
-    """What the time of a log is cut into."""
-
-    DAY = "day"
-    WEEK = "week"
-    MONTH = "month"
-    NONE = "none"
-
-
-class CellsBy(StrEnum):
-    """What cells are shown by."""
-
-    BUCKET = "bucket"
-    PERIOD = "period"
-
-
 @cells_group.command("build")
 def cells_build(
     logs: Annotated[
@@ -260,7 +243,7 @@ def cells_build(
         typer.Option("--add", exists=True, dir_okay=False, help="Earlier cells to add these to; may be --out itself."),
     ] = None,
     period: Annotated[
-        CellsPeriod | None,
+        Literal["day", "week", "month", "none"] | None,
         typer.Option("--period", help="What time is cut into. Default: day; with --add as there."),
     ] = None,
     no_pairs: Annotated[
@@ -281,7 +264,7 @@ def cells_build(
             schema,
             out,
             add=add,
-            period="default" if period is None else None if period is CellsPeriod.NONE else period.value,
+            period=period,
             pairs=not no_pairs,
             overwrite=overwrite,
             progress=progress,
@@ -297,7 +280,9 @@ def cells_build(
 @cells_group.command("show")
 def cells_show(
     file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="What `build` wrote.")],
-    by: Annotated[CellsBy | None, typer.Option("--by", help="Clicks of exposures of each of these, too.")] = None,
+    by: Annotated[
+        Literal["bucket", "period"] | None, typer.Option("--by", help="Clicks of exposures of each of these, too.")
+    ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, max=1_000_000, help="Preferences to list.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
@@ -309,7 +294,7 @@ def cells_show(
         from kaleidoscope.commands.cells import show_cells, shown_lines
 
         progress.stage(f"read {file.name}")
-        shown = show_cells(file, by=None if by is None else by.value, limit=limit)
+        shown = show_cells(file, by=by, limit=limit)
     if as_json:
         _print_json(shown)
     else:

@@ -93,7 +93,9 @@ def attribute_scene(
                 " needed. Wait, ask for a longer period, or give bucket random more traffic."
             )
         make_folder(out_dir)
-        analysis = analyse(read.log, name=scene, seed=seed, simulated=simulated, ranker=ranker, stage=clock)
+        analysis = analyse(
+            read.log, name=scene, seed=seed, simulated=simulated, ranker=ranker, shares=read.shares, stage=clock
+        )
     with clock("keep"):
         portrait = keep_portrait(settings, business, scene, analysis, read)
     return _write(out_dir, analysis, clock, left_out=read.left_out, log_hash=read.hash, portrait=portrait)
@@ -225,7 +227,12 @@ def said(summary: Mapping[str, Any], most: int = 10) -> list[str]:
         lines.append(f"{len(found) - most} more are in the report.")
     if not found:
         lines.append("No preference was found, which is not that there is none: the report says what would have been.")
-    return [*lines, *(f"{method}: not done. {why}" for method, why in summary["not_done"].items())]
+    lines += [f"{method}: not done. {why}" for method, why in summary["not_done"].items()]
+    if "portrait" in summary:
+        kept = summary["portrait"]
+        again = "" if kept["new"] else ", which was there: of the same log, analysed in the same way"
+        lines.append(f"Kept as portrait {kept['number']} of {summary['log']}{again}.")
+    return lines
 
 
 # ── tables ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -251,9 +258,26 @@ def tables_of(analysis: Analysis) -> dict[str, str]:
             ("segment", "tag", *GRID), [{**_named(cell.segment, cell.tag), **_numbers(cell, GRID)} for cell in grid]
         ),
         "main_effects.csv": csv_text(("tag", *MAIN), main),
+        "variants.csv": csv_text(VARIANT, _variants(analysis)),
     }
 
 
+def _variants(analysis: Analysis) -> Iterator[dict[str, object]]:
+    """Each variant where the model chose it and where it was shown at random."""
+    found = () if analysis.effectiveness is None else analysis.effectiveness.eye_catching.variants
+    for one in found:
+        row = _numbers(one, ("variant_id", "exposures", "share", "random_exposures", "q_value"))
+        for name in ("ctr", "random_ctr", "lift"):
+            measured = getattr(one, name)
+            ends = (None,) * 3 if measured is None else (measured.value, measured.ci_low, measured.ci_high)
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+        yield row
+
+
+VARIANT = (
+    "variant_id", "exposures", "share", "ctr", "ctr_low", "ctr_high",
+    "random_exposures", "random_ctr", "random_ctr_low", "random_ctr_high", "lift", "lift_low", "lift_high", "q_value",
+)  # fmt: skip
 MAIN = ("effect", "ci_low", "ci_high", "q_value", "n")
 INSIGHT = (*MAIN, "preference")
 RATE = ("n", "clicks", "ctr", "ctr_low", "ctr_high")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from attribution.cells import SUMS, Cells, Table, t_quantile
+from attribution.cells import Cells, Table, t_quantile
 from attribution.coding import Tag
 from attribution.discoveries import LEVEL
 from attribution.insights import main_effects
@@ -48,7 +48,7 @@ def build_cells(
     out: Path,
     *,
     add: Path | None = None,
-    period: Period | None | Literal["default"] = "default",
+    period: Period | Literal["none"] | None = None,
     pairs: bool = True,
     overwrite: bool = False,
     progress: Progress,
@@ -56,8 +56,8 @@ def build_cells(
     """Sum up logs in one pass over each and write the cells to `out`; what was written, in numbers.
 
     `add`: cells of earlier logs, whose definitions these get and whose sums they are added to; `out` may be the same
-    file. `period` (None: none) and `pairs` are then those of the earlier cells. Raises InputError for a file that is
-    there, unless `overwrite`, and where logs and earlier cells do not fit; then nothing is written.
+    file. `period` (by default a day) and `pairs` are then those of the earlier cells. Raises InputError for a file that
+    is there, unless `overwrite`, and where logs and earlier cells do not fit; then nothing is written.
     """
     if any(_same(out, log) for log in logs):
         raise InputError(f"{out}: is the log. Choose another name for the cells.")
@@ -70,11 +70,12 @@ def build_cells(
     make_folder(out.parent)
     whole = earlier
     definitions = None if earlier is None else earlier.definitions
+    cut: Period | None = None if period == "none" else period or "day"
     before = () if earlier is None else earlier.periods
     periods: set[str] = set()
     for log in logs:
         with clock(f"sum up {log.name}"):
-            cells = stream(log, schema, definitions, period="day" if period == "default" else period, pairs=pairs)
+            cells = stream(log, schema, definitions, period=cut, pairs=pairs)
         definitions, whole = cells.definitions, cells if whole is None else whole + cells
         periods |= {name for name in cells.periods if name}
         added.append({"log": str(log), "exposures": _exposures(cells)})
@@ -99,9 +100,9 @@ def built_lines(built: Mapping[str, Any]) -> list[str | Shown]:
     shared = built["shared_periods"]
     if shared:
         some = ", ".join(shared[:3]) + (", …" if len(shared) > 3 else "")
-        what = built["definitions"]["period"]
+        many = f"{len(shared):,} {built['definitions']['period']}{'s' * (len(shared) > 1)}"
         lines.append(
-            f"Note: {some} ({len(shared)} {what}{'s' * (len(shared) > 1)}) had exposures in {built['added_to']} already."
+            f"Note: {built['added_to']} had exposures of {many} already ({some})."
             " A log that is added twice counts twice."
         )
     return lines + [f"Note: {note}" for note in built["notes"]]
@@ -126,7 +127,7 @@ def _load(path: Path) -> Cells:
 def _require(add: Path | None, earlier: Cells, period: str | None, *, pairs: bool) -> None:
     """Raise InputError where something else is asked for than what the earlier cells have."""
     have = earlier.definitions
-    if period not in ("default", have.period):
+    if period not in (None, have.period or "none"):
         raise InputError(
             f"--period: the periods of {add} are {have.period or 'none'!r}, and sums of other periods do not add."
             " Leave it out, or sum up both logs anew."
@@ -181,7 +182,7 @@ def facts_of(cells: Cells) -> dict[str, object]:
     """The cells in numbers, what they may be added to, and what to mind."""
     of = cells.definitions
     used = len(np.unique(cells.replicate))
-    fields = [(f, "user") for f in of.fields] + [(f, "context") for f in of.context]
+    binned = [(f, "user") for f in of.fields] + [(f, "context") for f in of.context]
     weighted_by = [
         name
         for name, scale in (("weight", of.row_scale), ("propensity", of.inverse_scale))
@@ -204,7 +205,7 @@ def facts_of(cells: Cells) -> dict[str, object]:
                     "name": f.name, "role": role, "kind": "text" if f.edges is None else "number",
                     "values": list(f.labels),
                 }
-                for f, role in fields
+                for f, role in binned
             ],
             "weighted_by": weighted_by, "period": of.period, "pairs": of.pairs,
         },
@@ -269,7 +270,7 @@ def _preference(cell: PreferenceCell) -> dict[str, object]:
 
 def shown_lines(shown: Mapping[str, Any]) -> list[str | Shown]:
     """What `cells show` prints."""
-    found = [_facts(shown), "", "Tags, of everybody:", _tags(shown)]
+    found: list[str | Shown] = [_facts(shown), "", "Tags, of everybody:", _tags(shown)]
     if shown["by"] is not None:
         found += ["", f"Clicks of exposures by {shown['by']['what']}:", _parts(shown["by"])]
     known, listed = shown["preferences_known"], len(shown["preferences"])

@@ -18,6 +18,7 @@ from kaleidoscope.log_schema import read_schema
 from kaleidoscope.release import get_release, verify
 from kaleidoscope.scenes import get_scene
 from kaleidoscope.settings import Settings
+from kaleidoscope.vocabulary import Bucket
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Exposures:
     left_out: dict[str, int]  # exposures by why they are not in it
     hash: str  # of what was read
     releases: tuple[int, ...]  # of one scene, that its exposures are of
+    shares: dict[str, float] | None  # designed ones of its buckets; None: of several releases, or not all were read
     taxonomy: int | None  # number of the version that the tags are of: the newest release's
 
 
@@ -47,6 +49,7 @@ def read_exposures_of(
     """
     caller = operator(settings.user or "kaleidoscope", business)
     taxonomies: dict[int, int] = {}  # release → version
+    designed: dict[str, float] = {}
     with existing_database(settings.database_url) as database, existing_database(settings.log_url) as log_database:
         with database.transaction(caller, write=False) as session:
             get_business(session)
@@ -57,6 +60,7 @@ def read_exposures_of(
             with database.transaction(caller, write=False) as session:
                 content = verify(get_release(session, of, number))
             taxonomies[number] = content.taxonomy
+            designed.update({b.value: share for b in Bucket if (share := getattr(content.shares, b)) > 0})
             return shown_in(content)
 
         written = contract_log(
@@ -78,6 +82,7 @@ def read_exposures_of(
         left_out=written.left_out,
         hash=digest.hexdigest(),
         releases=() if scene is None else tuple(sorted(taxonomies)),
+        shares=designed if scene is not None and len(taxonomies) == 1 and not any(written.left_out.values()) else None,
         taxonomy=taxonomies[max(taxonomies)] if scene is not None and taxonomies else None,
     )
 

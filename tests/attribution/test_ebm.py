@@ -29,6 +29,7 @@ def numbers_and_texts(n: int, seed: int) -> Coded:
     city = np.array(["a", "b", "c"])[rng.integers(0, 3, n)]
     variant, product = rng.integers(0, 6, n), np.array(["p", "q"])[rng.integers(0, 2, n)]
     logit = -1.2 + 0.5 * (city == "a") * (variant < 3) + 0.4 * (product == "q") + 0.3 * (np.nan_to_num(age) > 45)
+    logit = logit + 0.8 * np.isnan(age) * np.isin(variant, (2, 3))
     tags = {**TAGS, "extras": [["badge"], ["badge", "price"], [], ["price"], [], ["badge"]]}
     user = {"age": age, "city": city.tolist()}
     return code(log_of(user, tags, variant, rng.random(n) < expit(logit), product=product.tolist()), dependent=False)
@@ -100,21 +101,21 @@ def test_logits_are_those_of_the_fitted_model(monkeypatch: pytest.MonkeyPatch) -
     coded, seen = numbers_and_texts(8_000, 5), dict[str, Any]()
     fit = module._fit
 
-    def spied(rows: Coded, codes: Any, axes: Any, pairs: Any, start: Any, settings: Any, seed: int) -> Any:
-        model = fit(rows, codes, axes, pairs, start, settings, seed)
-        columns = np.stack([c.astype(float) for c in codes], axis=1)
-        for i, axis in enumerate(axes):
-            if axis.missing is not None:
-                columns[codes[i] == axis.missing, i] = np.nan
+    def spied(rows: Coded, codes: Any, axes: Any, used: Any, pairs: Any, start: Any, settings: Any, seed: int) -> Any:
+        model = fit(rows, codes, axes, used, pairs, start, settings, seed)
         model.term_scores_ = [scores.mean(axis=0) for scores in model.bagged_scores_]  # bags count alike here
         model.intercept_ = np.array([model.bagged_intercept_.mean()])
+        columns = np.stack([codes[i].astype(float) for i in used], axis=1)
+        for column, i in enumerate(used):
+            if axes[i].missing is not None:
+                columns[codes[i] == axes[i].missing, column] = np.nan
         before = Sums(rows).linear(start.columns.mean(axis=1), start.strata)
         seen["logit"] = before + model.decision_function(columns)
         return model
 
     monkeypatch.setattr(module, "_fit", spied)
     model = boosted(coded, outer_bags=3)
-    assert len(model.pairs) > 1
+    assert any(model.axes[i].name == "age" for i, _ in model.pairs)
     assert {axis.name for axis in model.axes} == {"age", "city", "tone", "style", "extras"}
     np.testing.assert_allclose(model.logit(coded), seen["logit"], atol=1e-6)
 
@@ -125,6 +126,28 @@ def test_heat_maps_say_nothing_that_shapes_say() -> None:
         effect = scores.mean(axis=0)
         assert np.abs((effect * n).sum(axis=0)).max() < 1e-6 * n.sum()
         assert np.abs((effect * n).sum(axis=1)).max() < 1e-6 * n.sum()
+
+
+def lookalikes(n: int, seed: int, alike: float) -> list[tuple[str, str]]:
+    """The pairs boosted where women like loud, and another field is like gender."""
+    rng = np.random.default_rng(seed)
+    female, variant = rng.random(n) < 0.5, rng.integers(0, 6, n)
+    copy = np.where(rng.random(n) < alike, female, rng.random(n) < 0.5)
+    reward = rng.random(n) < expit(-1.5 + 0.8 * female * np.isin(variant, (2, 3)))
+    user = {"gender": np.where(female, "f", "m").tolist(), "copy": np.where(copy, "x", "y").tolist()}
+    model = boosted(code(log_of(user, TAGS, variant, reward), dependent=False), outer_bags=2)
+    return [(model.axes[i].name, model.axes[j].name) for i, j in model.pairs]
+
+
+def test_what_another_field_seems_to_do_is_no_heat_map_where_one_field_explains_it() -> None:
+    pairs = lookalikes(30_000, 21, 0.7)
+    assert pairs[0] == ("gender", "tone")
+    assert ("copy", "tone") not in pairs
+
+
+def test_of_two_fields_that_cannot_be_told_apart_both_have_heat_maps() -> None:
+    pairs = lookalikes(8_000, 22, 0.995)
+    assert {("gender", "tone"), ("copy", "tone")} <= set(pairs)
 
 
 def test_strata_do_not_pass_for_the_tags_they_were_shown_with() -> None:

@@ -130,6 +130,7 @@ def analysis() -> Analysis:
         seed=7,
         facts=Facts(20_000, 18_500, 6, 0.1234, "2026-10-01T05:00:00+00:00", "2026-10-14T22:00:00+00:00",
                     {"random": 15_000, "control": 5_000}, ("gender", "age", "city"), ("tone", "style"), {}),
+        variants={"v0": {"tone": ["calm"]}},
         tags=coded.tags,
         attribution=statistics,
         preference=preferences(coded),

@@ -26,7 +26,7 @@ from kaleidoscope.progress import Silent
 from kaleidoscope.settings import Settings
 from tests.kaleidoscope.commands.acme import SCENES, platform
 
-FILES = ["grid.csv", "insights.csv", "main_effects.csv", "portrait.csv", "report.html", "summary.json"]
+FILES = ["grid.csv", "insights.csv", "main_effects.csv", "portrait.csv", "report.html", "summary.json", "variants.csv"]
 SCRIPT = "<script>alert(1)</script>"
 
 
