@@ -314,7 +314,11 @@ class Plan:
             (" / ".join(name), buckets[b], periods[d])
             for name, b, d in zip(names, bucket[first].tolist(), day[first].tolist(), strict=True)
         ]
-        return place, self.places.positions(things)
+        positions = self.places.positions(things)
+        different, at = np.unique(positions, return_inverse=True)
+        if len(different) == len(positions):
+            return place, positions
+        return at[place], different  # days of a period, and strata whose names are the same, are one place
 
     def _period(self, day: int) -> str:
         if day == NO_DAY:

@@ -131,7 +131,11 @@ def tally(batch: Batch, pairs: Sequence[Pair]) -> tuple[Codes, Floats]:
             require_room(size)
     keys, sums = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.argsort(keys)
-    return keys[order], sums[order]
+    keys, sums = keys[order], sums[order]
+    new = np.concatenate([[True], np.diff(keys) != 0]) if len(keys) else np.zeros(0, np.bool_)
+    if new.all():
+        return keys, sums
+    return keys[new], np.add.reduceat(sums, np.flatnonzero(new), axis=0)  # items of a column may have the same name
 
 
 @lru_cache(maxsize=64)

@@ -15,6 +15,7 @@ from attribution.preference import (
     PreferenceResult,
     _quantile,
     log_preferences,
+    preference_cells,
     preferences,
     without_noise,
 )
@@ -52,6 +53,11 @@ def test_the_ratio_is_that_of_the_contract() -> None:
     at = cells.values.index(("gender", "f"))
     assert loved.preference == pytest.approx(cells.preference(np.array([at]))[cells.tags.index((("tone", "loud"),))])
     assert preferences(coded, cells).cells == found.cells
+
+
+def test_sums_alone_give_the_rows_of_the_portrait() -> None:
+    coded = code(liking(6_000, 3, 0.5, rows_per_unit=3)[0], dependent=False)
+    assert preference_cells(Cells.of(coded)) == preferences(coded).cells
 
 
 @pytest.mark.parametrize(("rows_per_unit", "unit_sd"), [(1, 0.0), (10, 2.0)])

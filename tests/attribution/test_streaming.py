@@ -337,6 +337,29 @@ def test_periods_may_be_longer_than_days(period: Any, names: tuple[str, ...], tm
     assert stream(written(exposures(600), tmp_path / "log.parquet"), SCHEMA, period=period).periods == names
 
 
+@pytest.mark.parametrize("period", ["day", "week", "month", None])
+def test_nothing_is_lost_where_days_or_names_fall_together_in_a_batch(
+    period: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Days of a month; a stratum called as one that is not known; a user value called as those that are missing."""
+    frame = exposures()
+    frame = frame.assign(
+        hour=frame.hour.where(frame.index % 3 > 0, None).replace("pm", "None"),
+        gender=frame.gender.where(frame.index % 4 > 0, None).replace("m", "missing"),
+    )  # fmt: skip
+    monkeypatch.setattr(batches, "ROWS", 500)
+    cells = stream(written(frame, tmp_path / "log.parquet"), SCHEMA, period=period)
+    assert cells.table("n")[0, 0] == len(frame) and cells.table("clicks")[0, 0] == frame.click.sum()
+    assert cells.strata == ("hour=None", "hour=am")
+    known = frame.tone == "loud"
+    loud = cells.tags.index((("tone", "loud"),))
+    assert cells.by_stratum("n")[:, loud].tolist() == [
+        (known & (frame.hour != "am")).sum(), (known & (frame.hour == "am")).sum(),
+    ]  # fmt: skip
+    users = [i for i, value in enumerate(cells.values) if value == ("gender", "missing")]
+    assert cells.table("n")[users].sum(axis=0)[loud] == (known & (frame.gender != "f")).sum()
+
+
 def test_pairs_need_not_be_summed(batch: tuple[pd.DataFrame, Cells], tmp_path: Path) -> None:
     frame, cells = batch
     plain = stream(written(frame, tmp_path / "log.parquet"), SCHEMA, pairs=False)
