@@ -17,6 +17,7 @@ import numpy as np
 from attribution.coding import Tag
 from attribution.consensus import CONTRIBUTIONS, EBM, GRID, NETWORK, PREFERENCE
 from attribution.insights import STATISTICS, Attribution, Insight
+from kaleidoscope.errors import LogError
 from kaleidoscope.log import Check, Codes, Floats, Log, sums
 from kaleidoscope.vocabulary import Bucket
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from attribution.preference import PreferenceResult
     from kaleidoscope.ranker import Ranker
 
+SHAPES = "network shapes"
 METHODS = (STATISTICS, EBM, GRID, PREFERENCE, CONTRIBUTIONS, NETWORK)
 SCORED = 50_000  # exposures that a model's logits are asked of
 SCORED_AT_ONCE = 2_000
@@ -158,7 +160,10 @@ def analyse(
             NETWORK, lambda: network_contributions(learned_from, coded, ranker, statistics=statistics)
         )
         rows, logits = logits_of(ranker, learned_from, seed)
-        found["network_ebm"] = timed("network shapes", lambda: ebm_of_network(coded.take(rows), logits, seed=seed))
+        try:
+            found["network_ebm"] = timed(SHAPES, lambda: ebm_of_network(coded.take(rows), logits, seed=seed))
+        except LogError as error:
+            not_done[SHAPES] = str(error)
     by_method = {STATISTICS: statistics.insights}
     by_method |= {method: found[method].insights for method in METHODS[1:] if found[method] is not None}
     return Analysis(

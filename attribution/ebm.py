@@ -517,7 +517,7 @@ def _fit(
     """The fitted model of `interpret`, of the used axes and pairs of positions among them. Bags are threads: they share
     the binned rows, which a process each would not, and the library computes without holding the interpreter."""
     from interpret.glassbox import ExplainableBoostingClassifier, ExplainableBoostingRegressor
-    from joblib import parallel_config  # type: ignore[import-untyped]
+    from joblib import parallel_config
 
     clicks, bags = settings["objective"] == "log_loss", start.columns.shape[1]
     first, size = _distinct(coded, codes, start) if clicks else (np.arange(len(coded)), coded.size)
