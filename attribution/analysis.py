@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from attribution.preference import PreferenceResult
     from kaleidoscope.ranker import Ranker
 
-SHAPES = "network shapes"
+SHAPES = "network_ebm"
 METHODS = (STATISTICS, EBM, GRID, PREFERENCE, CONTRIBUTIONS, NETWORK)
 SCORED = 50_000  # exposures that a model's logits are asked of
 SCORED_AT_ONCE = 2_000
@@ -140,7 +140,7 @@ def analyse(
     statistics = timed(STATISTICS, lambda: attribute_coded(coded))
     lacking = None if coded.fields else "The log names no user fields: nobody's preferences can be told apart."
     lacking = lacking or (None if coded.tags else "No tag varies among the variants that were shown.")
-    found: dict[str, Any] = dict.fromkeys((PREFERENCE, EBM, GRID, CONTRIBUTIONS, NETWORK, "network_ebm"))
+    found: dict[str, Any] = dict.fromkeys((PREFERENCE, EBM, GRID, CONTRIBUTIONS, NETWORK, SHAPES))
     works: dict[str, Callable[[], Any]] = {
         PREFERENCE: lambda: preferences(coded),
         EBM: lambda: ebm(coded, seed=seed),
@@ -161,7 +161,7 @@ def analyse(
         )
         rows, logits = logits_of(ranker, learned_from, seed)
         try:
-            found["network_ebm"] = timed(SHAPES, lambda: ebm_of_network(coded.take(rows), logits, seed=seed))
+            found[SHAPES] = timed(SHAPES, lambda: ebm_of_network(coded.take(rows), logits, seed=seed))
         except LogError as error:
             not_done[SHAPES] = str(error)
     by_method = {STATISTICS: statistics.insights}
