@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attribution.coding import Tag
+from attribution.coding import MAX_VALUES, Coded, Tag
 from attribution.consensus import CONTRIBUTIONS, EBM, GRID, NETWORK, PREFERENCE
 from attribution.insights import STATISTICS, Attribution, Insight
 from kaleidoscope.errors import LogError
 from kaleidoscope.log import Check, Codes, Floats, Log, sums
-from kaleidoscope.vocabulary import Bucket
+from kaleidoscope.vocabulary import Bucket, Level
 
 if TYPE_CHECKING:
     from attribution.consensus import Agreement
@@ -107,14 +107,15 @@ def analyse(
     simulated: bool = False,
     ranker: Ranker | None = None,
     shares: Mapping[str, float] | None = None,
+    control: str = Bucket.CONTROL.value,
     dependent: bool | None = None,
     stage: Stage = _silent,
 ) -> Analysis:
     """Every method over a log, their agreement, and the three doubts about the lift of its buckets.
 
-    `ranker`: a model whose reasons are shown beside. `shares`: the designed shares of units by bucket. `dependent`:
-    what `exposure_independence` said; None asks it. `stage` is told what begins. Raises LogError for a log that
-    supports no attribution, as `coding.code` does.
+    `ranker`: a model whose reasons are shown beside. `shares`: the designed shares of units by bucket. `control`: the
+    bucket that shows everybody the same. `dependent`: what `exposure_independence` said; None asks it. `stage` is told
+    what begins. Raises LogError for a log that supports no attribution, as `coding.code` does.
     """
     from attribution.coding import code
     from attribution.consensus import agreements
@@ -135,7 +136,7 @@ def analyse(
             seconds[of] = round(time.perf_counter() - start, 3)
         return found
 
-    learned_from = without_control(log)
+    learned_from = without_control(log, control)
     coded = timed("code", lambda: code(learned_from, dependent=dependent))
     statistics = timed(STATISTICS, lambda: attribute_coded(coded))
     lacking = None if coded.fields else "The log names no user fields: nobody's preferences can be told apart."
@@ -176,21 +177,29 @@ def analyse(
         tags=coded.tags,
         attribution=statistics,
         agreements=agreements(by_method),
-        effectiveness=timed("effectiveness", lambda: effectiveness(log, shares=shares)),
+        effectiveness=timed("effectiveness", lambda: effectiveness(log, control=control, shares=shares)),
         not_done=not_done,
-        checks=log.checks,
+        checks=(*log.checks, *_left_out(coded)),
         timings_s=seconds,
         **found,
     )
 
 
-def without_control(log: Log) -> Log:
+def without_control(log: Log, control: str) -> Log:
     """The log without its control bucket, where it has others: one variant for everybody says nothing of tastes."""
     if log.bucket is None or log.buckets is None:
         return log
-    control = [i for i, bucket in enumerate(log.buckets.to_pylist()) if bucket == Bucket.CONTROL]
-    rows = ~np.isin(log.bucket, control)
+    rows = ~np.isin(log.bucket, [i for i, bucket in enumerate(log.buckets.to_pylist()) if bucket == control])
     return log if rows.all() or not rows.any() else log.take(rows)
+
+
+def _left_out(coded: Coded) -> Iterator[Check]:
+    if coded.left_out:
+        yield Check(
+            "tags_left_out", Level.INFO,
+            f"{coded.left_out:,} tag values are not looked at: of each dimension the {MAX_VALUES} that were shown most."
+            " Group values that mean the same, or describe materials by fewer.",
+        )  # fmt: skip
 
 
 def facts_of(log: Log) -> Facts:

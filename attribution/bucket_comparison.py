@@ -224,6 +224,7 @@ class Exposures:
     size: Floats  # (n,)
     clicks: Floats  # (n,)
     held: Codes  # (n,) group × product
+    lack_of_time: str  # why there are no times, and what to do; empty where there are
 
     @classmethod
     def of(cls, log: Log, control: str) -> Exposures:
@@ -233,10 +234,9 @@ class Exposures:
         if log.bucket is not None:
             kept &= np.array([name is not None for name in names], bool)[log.bucket]
         log = log if kept.all() else log.take(kept)
-        if log.time is not None:
-            known = log.time[np.isfinite(log.time)]
-            if not len(known) or known.min() == known.max():  # as good as none
-                log = replace(log, time=None)
+        lack_of_time = _lack_of_time(log)
+        if lack_of_time:  # those there are tell as much as none
+            log = replace(log, time=None)
         replicates = max(2, min(REPLICATES, log.n_units))
         if log.unit is None and (log.count == 1).all():
             replicate = np.random.default_rng(0).permutation(len(log)) % replicates
@@ -248,7 +248,7 @@ class Exposures:
         held = combine([codes for codes in (log.group, log.product) if codes is not None], len(log))
         e = cls(
             log, control, tuple(str(name) for name in names), bucket, (), unit, replicate, replicates, size,
-            size * log.reward, held,
+            size * log.reward, held, lack_of_time,
         )  # fmt: skip
         if log.bucket is None:
             return e
@@ -272,9 +272,13 @@ class Exposures:
         )
 
     @property
+    def _shown(self) -> list[str]:
+        counts = np.bincount(self.bucket, minlength=len(self.names))
+        return [name for name, n in zip(self.names, counts.tolist(), strict=True) if n]
+
+    @property
     def _found(self) -> str:
-        shown = np.bincount(self.bucket, minlength=len(self.names))
-        return joined([name for name, n in zip(self.names, shown.tolist(), strict=True) if n]) or "none"
+        return joined(self._shown) or "none"
 
     def lack(self, *needed: str) -> str | None:
         """Why these buckets cannot be compared; None where they can."""
@@ -282,7 +286,8 @@ class Exposures:
             return self.lack_of_buckets
         absent = joined([name for name in needed if name not in self.buckets])
         if absent:
-            which = " If another bucket is control, name it." if self.control in needed else ""
+            own_names = self.control in needed and not set(Bucket).issuperset(self._shown)
+            which = " If another bucket is control, name it: `--control NAME`." if own_names else ""
             return (
                 f"The log has too little of {absent}: fewer than {MIN_UNITS} units (it has {self._found})."
                 f" Give {absent} a share of the traffic.{which}"
@@ -383,10 +388,7 @@ class Exposures:
     def trend(self, bucket: str, over: str) -> Trend | str:
         """The trend of a bucket's ratio to control over time or exposures; why not, where it cannot be known."""
         if self.log.time is None:
-            return (
-                "The log has no times, or a single one: whether a lift lasts, and which exposure of a unit is the"
-                " first, is not known. Name the column of the time in `time`."
-            )
+            return f"Whether a lift lasts, and which exposure of a unit is the first, is not known. {self.lack_of_time}"
         if over == "exposures":
             if self.log.unit is None:
                 return "The log names no unit: who comes back is not known. Name the user's column in `unit`."
@@ -974,6 +976,22 @@ def _rate_of(found: experiment.Ratio) -> Measured | None:
     if found.rate is None or found.ci_low is None or found.ci_high is None:
         return None
     return Measured(found.rate, found.ci_low, found.ci_high)
+
+
+def _lack_of_time(log: Log) -> str:
+    """Why the times of a log are as good as none, and what to do; empty where they are not."""
+    column = log.schema.time
+    known = np.zeros(0) if log.time is None else log.time[np.isfinite(log.time)]
+    if len(known) and known.min() < known.max():
+        return ""
+    if column is None:
+        return "The log has no times. Name the column of the time in `time`."
+    if len(known):
+        return f"All times of column {column!r} are the same one. Log when each exposure was."
+    return (
+        f"No time of column {column!r} can be read as a moment. Write times like 2026-10-01T05:00:00Z, or as seconds"
+        " since 1970."
+    )
 
 
 def joined(names: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from kaleidoscope.exposure import exposure_independence
 from kaleidoscope.log import Codes, Floats, Log, combine, densify, factorise, sums, text_codes
 
 BINS = 8  # base bins of a number; segments are their halves, quarters and eighths
-MAX_VALUES = 64  # of a categorical field that are segments; the rest is one value without a segment
+MAX_VALUES = 64  # of a categorical field that are segments, the rest is one value without; and of a tag dimension
 MIN_SHARE = 0.001  # of the exposures, of a value that is a segment
 MAX_WEIGHT = 20.0  # an exposure counts at most as so many
 CONSTANT = 1.01  # propensities of a variant in a stratum that differ by less are one propensity, rounded
@@ -135,6 +135,8 @@ class Coded:
     unit: Codes | None  # (n,)
     weighted: bool  # whether weights differ
     clipped: float  # share of the exposures whose correction was clipped at MAX_WEIGHT
+    uniform: Floats | None = None  # (n,) what one counts as if all variants were shown equally; None: as `weight`
+    left_out: int = 0  # tag values that are not looked at, beyond MAX_VALUES of a dimension
 
     def __len__(self) -> int:
         return len(self.variant)
@@ -143,6 +145,16 @@ class Coded:
     def size(self) -> Floats:
         """(n,) what a row counts: its exposures times their weight."""
         return self.count * self.weight
+
+    @property
+    def evenly(self) -> Coded:
+        """The exposures as if all variants had been shown equally often, without users: for what everybody takes.
+
+        Where one variant was shown more than others, its tags go together more than by design, and each would have
+        the credit of the others.
+        """
+        weight = self.weight if self.uniform is None else self.uniform
+        return replace(self, fields=(), codes=(), weight=weight, weighted=bool(np.ptp(weight) > 1e-9))
 
     @property
     def one_row_per_unit(self) -> bool:
@@ -156,6 +168,7 @@ class Coded:
             codes=tuple(c[rows] for c in self.codes),
             **{name: getattr(self, name)[rows] for name in ("variant", "stratum", "reward", "count", "weight")},
             unit=None if self.unit is None else densify(self.unit[rows]),
+            uniform=None if self.uniform is None else self.uniform[rows],
         )
 
 
@@ -170,11 +183,10 @@ def code(log: Log, *, dependent: bool | None = None, fields: Sequence[UserField]
     log = log.take(log.weight > 0) if (log.weight == 0).any() else log
     stratum, strata = _strata(log)
     correction, clipped = _correction(log, stratum, dependent)
+    weight = _scaled(log, correction)
     if fields is None:
         fields = [UserField.fit(name, log.columns[name], log.count) for name in log.schema.user]
-    tags, carried = _tags(log)
-    weight = log.weight * correction * _information(log, correction)
-    weight = weight * (log.count.sum() / (log.count * weight).sum())
+    tags, carried, left_out = _tags(log)
     return Coded(
         fields=tuple(fields),
         codes=tuple(field.codes(log.columns[field.name]) for field in fields),
@@ -189,6 +201,8 @@ def code(log: Log, *, dependent: bool | None = None, fields: Sequence[UserField]
         unit=log.unit,
         weighted=bool(np.ptp(weight) > 1e-9),
         clipped=clipped,
+        uniform=None if log.propensity is None else _scaled(log, _inverse(log, log.propensity, stratum)),
+        left_out=left_out,
     )
 
 
@@ -241,23 +255,36 @@ def _correction(log: Log, stratum: Codes, dependent: bool | None) -> tuple[Float
     low, high = np.full(len(pairs), np.inf), np.zeros(len(pairs))
     np.minimum.at(low, pair, log.propensity)
     np.maximum.at(high, pair, log.propensity)
-    if (high <= low * CONSTANT).all() and len(pairs) < len(log):
-        return ones, 0.0
     _require_floor(log, pairs // log.n_variants, stratum)
+    if (high <= low * CONSTANT).all() and len(pairs) < len(log):
+        if exposure_independence(log).dependent if dependent is None else dependent:
+            raise LogError(
+                f"{log.path}: column {log.schema.propensity!r} says that a variant was as likely for everybody, and yet"
+                " what was shown depended on the user. Log P(variant | what was known) of each choice, or attribute a"
+                " bucket that shows variants at random."
+            )
+        return ones, 0.0
     inverse = log.count / log.propensity
     share = sums(pair, inverse) / sums(pair, inverse / log.propensity)
     raw = share[pair] / log.propensity
     return np.minimum(raw, MAX_WEIGHT), float(log.count[raw > MAX_WEIGHT].sum() / log.count.sum())
 
 
-def _information(log: Log, correction: Floats) -> Floats:
-    """(n,) Kish's ratio of the row's bucket, Σw / Σw²: buckets count by as many exposures as theirs are worth, or one
-    with few and large weights would drown one that was drawn uniformly."""
-    if log.bucket is None:
-        return np.ones(len(log))
+def _inverse(log: Log, propensity: Floats, stratum: Codes) -> Floats:
+    """(n,) 1 / propensity, with a mean of 1 in each stratum, at most MAX_WEIGHT (Horvitz & Thompson 1952)."""
+    inverse = 1 / propensity
+    mean = sums(stratum, log.count * inverse) / sums(stratum, log.count)
+    return np.minimum(inverse / mean[stratum], MAX_WEIGHT)
+
+
+def _scaled(log: Log, correction: Floats) -> Floats:
+    """(n,) weights of mean 1 per exposure; those of a bucket times Kish's ratio Σw / Σw²: buckets count by as many
+    exposures as theirs are worth, or one with few and large weights would drown one that was drawn uniformly."""
     weight = log.weight * correction
-    once, twice = sums(log.bucket, log.count * weight), sums(log.bucket, log.count * weight**2)
-    return np.divide(once, twice, out=np.ones_like(once), where=twice > 0)[log.bucket]
+    if log.bucket is not None:
+        once, twice = sums(log.bucket, log.count * weight), sums(log.bucket, log.count * weight**2)
+        weight = weight * np.divide(once, twice, out=np.ones_like(once), where=twice > 0)[log.bucket]
+    return np.asarray(weight * (log.count.sum() / (log.count * weight).sum()))
 
 
 def _require_floor(log: Log, cell_of_pair: Codes, stratum: Codes) -> None:
@@ -278,9 +305,11 @@ def _require_floor(log: Log, cell_of_pair: Codes, stratum: Codes) -> None:
 # ── tags and values ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _tags(log: Log) -> tuple[tuple[Tag, ...], csr_array]:
-    """The tags that vary among the variants shown, those that never vary apart as one, and who carries them."""
-    shown = np.flatnonzero(sums(log.variant, log.count, size=log.n_variants) > 0)
+def _tags(log: Log) -> tuple[tuple[Tag, ...], csr_array, int]:
+    """The tags that vary among the variants shown, those that never vary apart as one, who carries them, and how many
+    are left out: beyond the MAX_VALUES most shown of a dimension."""
+    exposures, left_out = sums(log.variant, log.count, size=log.n_variants), 0
+    shown = np.flatnonzero(exposures > 0)
     carriers: dict[bytes, list[tuple[str, str]]] = {}
     columns: dict[bytes, NDArray[np.int64]] = {}
     for dimension in log.schema.variant:
@@ -288,7 +317,9 @@ def _tags(log: Log) -> tuple[tuple[Tag, ...], csr_array]:
         for i, values in enumerate(log.variants[dimension].to_pylist()):
             for value in dict.fromkeys(values or ()):
                 owners.setdefault(value, []).append(i)
-        for value in sorted(owners):
+        kept = sorted(owners, key=lambda value: (-exposures[owners[value]].sum(), value))[:MAX_VALUES]
+        left_out += len(owners) - len(kept)
+        for value in sorted(kept):
             column = np.array(owners[value], dtype=np.int64)
             seen = np.intersect1d(column, shown)
             if 0 < len(seen) < len(shown):
@@ -297,7 +328,7 @@ def _tags(log: Log) -> tuple[tuple[Tag, ...], csr_array]:
     tags = tuple(Tag(tuple(parts)) for parts in carriers.values())
     row = np.concatenate([columns[key] for key in carriers]) if carriers else np.zeros(0, np.int64)
     of = np.repeat(np.arange(len(carriers)), [len(columns[key]) for key in carriers])
-    return tags, csr_array((np.ones(len(row)), (row, of)), shape=(log.n_variants, len(carriers)))
+    return tags, csr_array((np.ones(len(row)), (row, of)), shape=(log.n_variants, len(carriers))), left_out
 
 
 def _edges(numbers: Floats) -> tuple[float, ...]:

@@ -29,15 +29,18 @@ class Agreement:
     found_by: Mapping[str, int]  # method → sign, +1 or −1, of this segment × tag
     not_found_by: tuple[str, ...]  # that looked at such pairs
     disagree: bool  # whether signs differ
+    explained: Insight | None = None  # the crossing that this pair is a part of, and says nothing beside
 
     @property
     def holds(self) -> bool:
-        """Whether it belongs to the consensus: found by the statistics or by two others, and nobody says the opposite.
+        """Whether it belongs to the consensus: found by the statistics or by two others, nobody says the opposite, and
+        no crossing explains it. Only the grid looks at crossings: one holds if the grid found it.
 
         Methods that are confirmed on the same half of the units count as one: their mistakes are the same.
         """
         voices = len(self.found_by.keys() - ON_HALF) + bool(self.found_by.keys() & ON_HALF)
-        return not self.disagree and (STATISTICS in self.found_by or voices >= AT_LEAST)
+        enough = STATISTICS in self.found_by or voices >= AT_LEAST or self.insight.crossed
+        return not self.disagree and self.explained is None and enough
 
     @property
     def strength(self) -> float:
@@ -63,6 +66,10 @@ class Agreement:
             said += f"; {_names(other)} found the opposite"
         if self.not_found_by:
             said += f"; {_names(self.not_found_by)} did not find it"
+        if self.explained is not None:
+            whole = {**self.explained.segment, **self.explained.tag}
+            both = " and ".join(f"{name}={value}" for name, value in whole.items())
+            said += f"; the grid explains it by {both} together"
         return said[0].upper() + said[1:] + "."
 
     def to_json(self) -> dict[str, object]:
@@ -94,11 +101,14 @@ def agreements(by_method: Mapping[str, Sequence[Insight]]) -> list[Agreement]:
     for method in order:
         others = [insight for other, insight in named if other != method]
         named += [(method, one) for one in by_method[method] if not any(_relation(a, one) for a in others)]
-    found = [_agreement(insight, by_method, order) for _, insight in named]
+    crossings = [one for one in by_method.get(GRID, ()) if one.crossed]
+    found = [_agreement(insight, by_method, order, crossings) for _, insight in named]
     return sorted(found, key=lambda one: (-one.strength, one.insight.q_value))
 
 
-def _agreement(insight: Insight, by_method: Mapping[str, Sequence[Insight]], order: Sequence[str]) -> Agreement:
+def _agreement(
+    insight: Insight, by_method: Mapping[str, Sequence[Insight]], order: Sequence[str], crossings: Sequence[Insight]
+) -> Agreement:
     sign, signs = int(np.sign(insight.effect)), dict[str, int]()
     for method in order:
         related = [(found, one) for one in by_method[method] if (found := _relation(insight, one)) is not None]
@@ -106,13 +116,21 @@ def _agreement(insight: Insight, by_method: Mapping[str, Sequence[Insight]], ord
             (_, same), _ = min(related, key=lambda pair: (pair[0][0], -abs(np.log1p(pair[1].effect))))
             signs[method] = sign if same else -sign
     missing = tuple(m for m in order if m not in signs and (m == GRID) == insight.crossed)
-    return Agreement(insight, signs, missing, len(set(signs.values())) > 1)
+    explained = next((one for one in crossings if not insight.crossed and _explains(one, insight)), None)
+    return Agreement(insight, signs, missing, len(set(signs.values())) > 1, explained)
+
+
+def _explains(crossing: Insight, pair: Insight) -> bool:
+    """Whether the pair was significant alone, and no longer beside the crossing, in the grid's model."""
+    return any(
+        dict(part.segment) == dict(pair.segment) and dict(part.tag) == dict(pair.tag) for part in crossing.explained_by
+    )
 
 
 def _relation(a: Insight, b: Insight) -> tuple[int, bool] | None:
     """How near b is to a, and whether it says the same; None where they speak of different things."""
     fields, dimensions = a.segment.keys() & b.segment.keys(), a.tag.keys() & b.tag.keys()
-    if not fields or not dimensions:
+    if not fields or not dimensions or a.crossed != b.crossed:
         return None
     whole = fields == a.segment.keys() == b.segment.keys() and dimensions == a.tag.keys() == b.tag.keys()
     users = max(_segments(a.segment[name], b.segment[name]) for name in fields)

@@ -38,12 +38,17 @@ def doubts(found: Effectiveness, carried: Mapping[str, Mapping[str, Sequence[str
     fatigue, other, few = found.fatigue, found.other_causes, found.eye_catching
     return [
         Doubt("1. Will it wear off? Fatigue and novelty", JUDGED[fatigue.verdict], fatigue.reason, _trends(fatigue),
-               fatigue.sentences),
+               _besides(fatigue)),
         Doubt("2. Is it something other than the UI?", JUDGED[other.verdict], other.reason, _comparisons(other),
-               other.sentences),
+               _besides(other)),
         Doubt("3. Is it only a few eye-catching variants?", JUDGED[few.verdict], few.reason,
-               _eye_catching(few, carried), few.sentences),
+               _eye_catching(few, carried), _besides(few)),
     ]  # fmt: skip
+
+
+def _besides(doubt: Fatigue | OtherCauses | EyeCatching) -> tuple[str, ...]:
+    """The sentences that the reason does not hold already, each once."""
+    return tuple(s for s in dict.fromkeys(doubt.sentences) if s not in doubt.reason)
 
 
 def _measured(

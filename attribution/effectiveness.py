@@ -140,7 +140,11 @@ def effectiveness(
     they have to be those of the whole log. What the log lacks is in `missing`, never an exception.
     """
     exposures = Exposures.of(log, str(control))
-    return Effectiveness(_fatigue(exposures), _other_causes(exposures, shares), _eye_catching(exposures))
+    fatigue = _fatigue(exposures)
+    told = any(exposures.lack_of_time in sentence for sentence in fatigue.sentences)
+    return Effectiveness(
+        fatigue, _other_causes(exposures, shares, "" if told else exposures.lack_of_time), _eye_catching(exposures)
+    )
 
 
 def _fatigue(e: Exposures) -> Fatigue:
@@ -176,7 +180,7 @@ def _fatigue(e: Exposures) -> Fatigue:
     else:
         verdict = Judgement.NO_SIGN
         reason = "No trend is seen; what might have been missed is in the intervals."
-    return Fatigue(verdict, reason, trends, missing, (*map(_trend_sentence, trends), *missing.values()))
+    return Fatigue(verdict, reason, trends, missing, (*map(_trend_sentence, trends), *dict.fromkeys(missing.values())))
 
 
 _OVER = {"time": "time", "exposures": "the number of exposures of a unit"}
@@ -207,7 +211,8 @@ def _trend_sentence(trend: Trend) -> str:
     )
 
 
-def _other_causes(e: Exposures, shares: Mapping[str, float] | None) -> OtherCauses:
+def _other_causes(e: Exposures, shares: Mapping[str, float] | None, lack_of_time: str) -> OtherCauses:
+    """`lack_of_time`: what the doubt before has not said of it."""
     names = e.buckets
     if len(names) < 2:
         lack = e.lack_of_buckets
@@ -240,10 +245,8 @@ def _other_causes(e: Exposures, shares: Mapping[str, float] | None) -> OtherCaus
             "The log has no product: whether all buckets offered the same is not known. Name the column in `product`."
         )
     if e.log.time is None:
-        missing["time"] = (
-            "The log has no times, or a single one: buckets are compared over all of it, and hours are not looked at."
-            " Name the column of the time in `time`."
-        )
+        compared_over = "Without times the buckets are compared over all of the log, and hours are not looked at."
+        missing["time"] = f"{compared_over} {lack_of_time}".rstrip()
     untested = e.log.unit is None  # people who come back would look like many who are alike
     tests = [None if untested or (b.role == "time" and changed) else b.p_value for b in compared]
     p_products = None if products is None else products.p_value
@@ -386,7 +389,7 @@ def _eye_catching(e: Exposures) -> EyeCatching:
     concentration = e.concentration(None if isinstance(split, str) else split.lift)
     if isinstance(split, str):
         missing["split"] = split
-        sentences = _variant_sentences(variants, targeting, concentration)
+        sentences = _variant_sentences(variants, targeting, concentration, timed=timed)
         return EyeCatching(
             Judgement.CANNOT_SAY, split, variants, targeting, None, concentration, missing,
             (*sentences, *missing.values()),
@@ -404,7 +407,7 @@ def _eye_catching(e: Exposures) -> EyeCatching:
             "Neither what the best single variant brings nor what choosing adds is sure. Log on, with more units in"
             f" {split.over} and random."
         )
-    sentences = (_split_sentence(split), *_variant_sentences(variants, targeting, concentration))
+    sentences = (_split_sentence(split), *_variant_sentences(variants, targeting, concentration, timed=timed))
     return EyeCatching(
         verdict, reason, variants, targeting, split, concentration, missing, (*sentences, *missing.values())
     )
@@ -419,12 +422,16 @@ def _split_sentence(split: Split) -> str:
 
 
 def _variant_sentences(
-    variants: Sequence[VariantCtr], targeting: Measured | None, concentration: Concentration | None
+    variants: Sequence[VariantCtr],
+    targeting: Measured | None,
+    concentration: Concentration | None,
+    *,
+    timed: bool,
 ) -> Iterable[str]:
     if targeting is not None:
         yield (
             f"Where the model chose a variant, the click rate was {_interval(targeting)} against the same variants"
-            " shown at random at the same time."
+            f" shown at random{' at the same time' if timed else ''}."
         )
     tested = [v for v in variants if v.q_value is not None and v.lift is not None]
     if tested:

@@ -78,6 +78,7 @@ class Insight:
             "methods": list(self.methods),
             "explained_by": [pair.to_json() for pair in self.explained_by],
             "importance": dict(self.importance),
+            "crossed": self.crossed,
         }
 
 
@@ -220,7 +221,7 @@ def attribution_of(
         gamma=gammas[order],
         se=ses[order],
     )
-    return Attribution([found[i] for i in order], main_effects(cells), diagnostics)
+    return Attribution([found[i] for i in order], main_effects(Cells.of(coded.evenly)), diagnostics)
 
 
 def without_noise(coded: Coded, probability: Floats, found: Diagnostics) -> tuple[Floats, Floats]:

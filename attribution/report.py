@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from attribution.consensus import Agreement
     from attribution.ebm import HeatMap, Shape
 
-SENTENCES = 4  # of the summary, about insights
+SENTENCES, CROSSINGS = 4, 2  # of the summary, about insights of one field and tag, and of several
 FORESTS, MORE_FORESTS = 12, 60  # segments with a forest plot: unfolded, and at most
 REST = 8  # muted rows of a forest plot
 SHAPES, MORE_SHAPES, BINS = 6, 40, 20
@@ -77,6 +77,7 @@ def render(analysis: Analysis) -> str:
         facts=_facts(analysis.facts),
         methods=METHODS,
         summary=_Summary.of(analysis),
+        lacking=_lacking(analysis),
         portrait=portrait_map(analysis, found),
         forests=_forests(analysis, found),
         ebm=None if analysis.ebm is None else _learned(analysis.ebm.shapes, analysis.ebm.heat_maps),
@@ -89,6 +90,7 @@ def render(analysis: Analysis) -> str:
         main=_main_effects(analysis),
         limits=_Limits.of(analysis),
         checks={level: [check for check in analysis.checks if check.level == level] for level in Level},
+        not_done=_not_done(analysis),
         timings=[(name_.replace("_", " "), f"{seconds:.1f} s") for name_, seconds in analysis.timings_s.items()],
     )  # fmt: skip
 
@@ -122,9 +124,12 @@ class _Summary:
     methods: int  # that were done
     strongest: list[tuple[Insight, int, int]]  # with how many methods found it, of how many that looked
     alone: int  # that single methods found, and the consensus does not hold
-    crossed: int  # that only show in several fields or dimensions at once
+    explained: int  # that crossings explain
+    crossed: int  # that only show in several fields or dimensions at once, and the consensus holds
+    crossings: list[Insight]  # the strongest of those
     disagree: int
     examined: int
+    pairs: int
     smallest: str | None  # the difference that would have been found in the typical pair
 
     @classmethod
@@ -137,18 +142,33 @@ class _Summary:
             strongest.setdefault(family, (a.insight, len(a.found_by), len(a.found_by) + len(a.not_found_by)))
         smallest = _smallest(analysis.attribution.diagnostics)
         disagree = sum(a.disagree for a in analysis.agreements)
-        crossed = sum(a.insight.crossed and not a.disagree for a in analysis.agreements)
+        explained = sum(a.explained is not None and not a.disagree for a in analysis.agreements)
+        crossings = [a.insight for a in analysis.agreements if a.holds and a.insight.crossed]
+        crossings.sort(key=lambda insight: (-_surely(insight), insight.q_value))
+        d = analysis.attribution.diagnostics
         return cls(
             found=len(held),
             by_several=sum(len(a.found_by) > 1 for a in held),
             methods=len(analysis.by_method),
             strongest=list(strongest.values())[:SENTENCES],
-            alone=len(analysis.agreements) - len(held) - crossed - disagree,
-            crossed=crossed,
+            alone=len(analysis.agreements) - len(held) - len(crossings) - explained - disagree,
+            explained=explained,
+            crossed=len(crossings),
+            crossings=crossings[:CROSSINGS],
             disagree=disagree,
-            examined=len(analysis.attribution.diagnostics.examined.gamma),
+            examined=len(d.examined.gamma),
+            pairs=d.too_few + len(d.examined.gamma),
             smallest=None if smallest is None else _size_of(math.expm1(smallest[1])),
         )
+
+
+def _lacking(analysis: Analysis) -> str | None:
+    """Why nobody's preferences can be told apart in any log like this one; None where they can."""
+    if not analysis.facts.user:
+        return "The log names no user fields"
+    if not analysis.tags:
+        return "No tag varies among the variants that were shown"
+    return None
 
 
 def _surely(insight: Insight) -> float:
@@ -262,9 +282,11 @@ def _crossings(analysis: Analysis, found: Found) -> _Crossings | None:
         bars.append(replace(_bar(insight, found.methods[key]), label=label))
     colours = Colours.of(log_ratio(cell.effect) for cell in analysis.grid.cells if cell.effect is not None)
     return _Crossings(
-        forest(bars, head="Segment and tags") if bars else None, len(keys) - len(bars), colours.legend,
+        forest(bars, head="Segment and tags", value="Odds beyond the parts") if bars else None,
+        len(keys) - len(bars),
+        colours.legend,
         rate_maps(analysis.grid.cells, found, colours),
-    )  # fmt: skip
+    )
 
 
 # ── EBM, and what the network learned ───────────────────────────────────────────────────────────────────────────────
@@ -387,7 +409,9 @@ def _standing(agreement: Agreement) -> str:
     """Whether the consensus holds it, in a word or two."""
     if agreement.disagree:
         return "disagree"
-    return "" if agreement.holds else "two at once" if agreement.insight.crossed else "alone"
+    if agreement.insight.crossed:
+        return "two at once"
+    return "" if agreement.holds else "alone" if agreement.explained is None else "part of a crossing"
 
 
 @dataclass(frozen=True)
@@ -442,6 +466,14 @@ class _Limits:
             clipped=d.clipped,
             strata=d.strata,
         )
+
+
+def _not_done(analysis: Analysis) -> list[tuple[str, str]]:
+    """Each reason why methods were not done, with their names."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for method, why in analysis.not_done.items():
+        by_reason[why].append(called(method))
+    return [(why, ", ".join(names)) for why, names in by_reason.items()]
 
 
 def _unseen(analysis: Analysis) -> list[Mapping[str, str]]:

@@ -161,6 +161,9 @@ def attribute(
         str | None,
         typer.Option("--model", help="Whose reasons to show beside: a version, a folder. Default: the champion."),
     ] = None,
+    control: Annotated[
+        str, typer.Option("--control", metavar="NAME", help="A log's bucket that lifts are over.")
+    ] = "control",
     since: Annotated[
         str | None, typer.Option("--from", metavar="TIME", help="A scene's exposures from then on.")
     ] = None,
@@ -187,6 +190,8 @@ def attribute(
     if schema is None:
         if Path(source).is_file():
             raise InputError(f"attribute: {source} is a file. Say what its columns mean: `--schema SCHEMA.yaml`.")
+        if control != "control":
+            raise InputError("attribute: --control is for logs. A scene's control bucket is called control.")
         if within is None:
             raise InputError("name the business to work in: `--business NAME`, or KALEIDOSCOPE_BUSINESS")
     elif start or end or out is None:
@@ -202,6 +207,7 @@ def attribute(
                 schema,
                 out,
                 model=None if model is None else Path(model),
+                control=control,
                 seed=seed,
                 progress=progress,
                 simulated=simulated,

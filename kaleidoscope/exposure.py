@@ -384,7 +384,7 @@ class Independence:
 
 
 def exposure_independence(log: Log, permutations: int = 99, seed: int = 0) -> Independence:
-    """The test that the variant shown was independent of the user, given context and group.
+    """The test that the variant shown was independent of the user, given context, group and product.
 
     For each tag dimension (and the variant itself where tags do not tell all): the residual of "value shown" on its
     shares in the row's context and group is predicted by one ridge Newton step from user features, from hashed crosses
@@ -412,6 +412,8 @@ def exposure_independence(log: Log, permutations: int = 99, seed: int = 0) -> In
         names.append("variant_id")
         targets.append(_top(log.variant, 24))
     cell = log.cells(log.schema.context)
+    if log.product is not None:
+        cell = combine([cell, log.product], len(log))
     residual = np.concatenate([_residual(target, cell, log.count) for target in targets], axis=1)  # (n, K)
     dimension = np.repeat(np.arange(len(targets)), [int(target.max()) + 1 for target in targets])
     share = np.concatenate([sums(target, log.count) for target in targets]) / log.count.sum()  # (K,)

@@ -56,19 +56,24 @@ def insight_sentence(
         if not unsure:
             way = "高" if effect > 0 else "低"
             interval = f"{way} {_size(near, 'zh')} 至 {_size(far, 'zh')}，{_q(q_value)}"
+        than = "按这类用户和该标签各自的水平推算的"
+        if crossed:
+            than = "由其中各个取值单独及部分组合的作用推算的"
         return (
             f"{who(segment, 'zh')}，对{_after_han(tag_words(tag, 'zh'))}{apart}的点击几率（odds）"
-            f"比按这类用户和该标签各自的水平推算的{'高' if effect > 0 else '低'} {_size(effect, 'zh')}"
+            f"比{than}{'高' if effect > 0 else '低'} {_size(effect, 'zh')}"
             f"（已计入其他洞察；95% 置信区间：{interval}）。"
         )
     apart = " (never shown apart)" if len(tag) > 1 and not crossed else ""
     interval = f"{_size(near)} to {_size(far)}, {_q(q_value)}"
     if unsure:
         interval = f"{_size(ci_low)} lower to {_size(ci_high)} higher, {_q(q_value)}: how much is hardly known"
+    than = "these users and this tag would have by themselves (beside the other insights;"
+    if crossed:
+        than = "what these values do apart would make them (on top of the other insights;"
     return (
         f"{who(segment)}: the odds of a click on {tag_words(tag)}{apart} are {_size(effect)}"
-        f" {'higher' if effect > 0 else 'lower'} than these users and this tag would have by themselves (beside the"
-        f" other insights; 95 % interval {interval})."
+        f" {'higher' if effect > 0 else 'lower'} than {than} 95 % interval {interval})."
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attribution.analysis import Analysis, analyse
+from attribution.consensus import GRID as ONLY_GRID
 from attribution.report import render
 from kaleidoscope.access import operator
 from kaleidoscope.commands.exposures import Exposures, existing_database, read_exposures_of
@@ -27,6 +29,8 @@ from kaleidoscope.portraits import PortraitCell, PortraitRun, store_portrait
 from kaleidoscope.progress import Progress
 from kaleidoscope.ranker import Ranker
 from kaleidoscope.settings import Settings
+from kaleidoscope.vocabulary import Bucket
+from kaleidoscope.wording import SURE, main_effect_sentence
 
 if TYPE_CHECKING:
     from attribution.consensus import Agreement
@@ -43,14 +47,15 @@ def attribute_log(
     out_dir: Path,
     *,
     model: Path | None = None,
+    control: str = Bucket.CONTROL.value,
     seed: int,
     progress: Progress,
     simulated: bool = False,
 ) -> dict[str, object]:
     """Attribute a log of the contract and write `out_dir`/report.html, summary.json and the CSV files; the summary.
 
-    `model`: the folder of an exported model, whose reasons are shown beside. Raises SchemaError or LogError where the
-    input cannot be used; then nothing is written.
+    `model`: the folder of an exported model, whose reasons are shown beside. `control`: the bucket that lifts are over.
+    Raises SchemaError or LogError where the input cannot be used; then nothing is written.
     """
     clock = Clock(progress)
     with clock("read"):
@@ -58,7 +63,7 @@ def attribute_log(
         ranker = None if model is None else Ranker.load(model)
     make_folder(out_dir)
     analysis = analyse(
-        log, name=log_path.name, seed=seed, simulated=simulated, ranker=ranker, stage=clock, dependent=None
+        log, name=log_path.name, seed=seed, simulated=simulated, ranker=ranker, control=control, stage=clock
     )
     return _write(out_dir, analysis, clock)
 
@@ -217,22 +222,68 @@ def summary_of(analysis: Analysis) -> dict[str, object]:
 
 
 def said(summary: Mapping[str, Any], most: int = 10) -> list[str]:
-    """What the command says at the end: the insights of the consensus, strongest first, and what was not done."""
+    """What the command says at the end: the insights of the consensus, strongest first, and what was not done.
+
+    Where there are none it says why, and what everybody takes.
+    """
     found = [agreement for agreement in summary["agreement"] if agreement["consensus"]]
     lines = [
         f"{insight['sentence']} {agreement['sentence']}"
         for insight, agreement in zip(summary["insights"], found, strict=True)
     ][:most]
     if len(found) > most:
-        lines.append(f"{len(found) - most} more are in the report.")
+        crossings = sum(agreement["found_by"].keys() == {ONLY_GRID} for agreement in found[most:])
+        of_two = f", {crossings} of them of two user fields or two tags at once" if crossings else ""
+        lines.append(f"{len(found) - most} more are in the report{of_two}.")
     if not found:
-        lines.append("No preference was found, which is not that there is none: the report says what would have been.")
-    lines += [f"{method}: not done. {why}" for method, why in summary["not_done"].items()]
+        lines += [_nothing(summary), *_taken_by_everybody(summary)]
+    by_reason: dict[str, list[str]] = {}
+    for method, why in summary["not_done"].items():
+        by_reason.setdefault(why, []).append(method)
+    lines += [f"{', '.join(methods)}: not done. {why}" for why, methods in by_reason.items()]
     if "portrait" in summary:
         kept = summary["portrait"]
         again = "" if kept["new"] else ", which was there: of the same log, analysed in the same way"
         lines.append(f"Kept as portrait {kept['number']} of {summary['log']}{again}.")
     return lines
+
+
+def _nothing(summary: Mapping[str, Any]) -> str:
+    """Why no preference was found."""
+    if not summary["user"]:
+        return "Without user fields nobody's preferences can be told apart, only what everybody takes."
+    if summary["examined"]:
+        return "No preference was found, which is not that there is none: the report says what would have been."
+    pairs = summary["too_few"]
+    if pairs:
+        return (
+            f"Too few exposures to find anything: none of the {pairs:,} segment × tag pairs has enough clicks, and"
+            " enough exposures without one, to be looked at."
+        )
+    return "No preference was found: there was no segment × tag pair to look at."
+
+
+def _taken_by_everybody(summary: Mapping[str, Any], most: int = 5) -> list[str]:
+    """The surest significant main effect of each dimension."""
+    effects = [effect for effect in summary["main_effects"] if effect["q_value"] <= SURE]
+    near = {id(one): min(abs(math.log1p(max(one[end], -0.9999))) for end in ("ci_low", "ci_high")) for one in effects}
+    surest: dict[tuple[str, ...], Mapping[str, Any]] = {}
+    for effect in sorted(effects, key=lambda one: -near[id(one)]):
+        surest.setdefault(tuple(effect["tag"]), effect)
+    shown = list(surest.values())[:most]
+    if not shown:
+        return ["Over all users, no tag by itself makes a difference that is surely more than chance."]
+    sentences = [
+        main_effect_sentence(one["tag"], one["effect"], one["ci_low"], one["ci_high"], one["q_value"], one["n"])
+        for one in shown
+    ]
+    more = len(effects) - len(shown)
+    rest = [f"{more} more such tags are in the report."] if more else []
+    return [
+        "What everybody takes, each tag by itself, not adjusted for those shown together with it:",
+        *sentences,
+        *rest,
+    ]
 
 
 # ── tables ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,8 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from attribution.coding import MAX_WEIGHT, UserField, code
+from attribution.coding import MAX_VALUES, MAX_WEIGHT, UserField, code
+from attribution.insights import attribute
 from kaleidoscope.errors import LogError
+from kaleidoscope.log import Log
 from tests.attribution.logs import TAGS, log_of
 
 
@@ -148,3 +150,60 @@ def test_a_log_without_a_floor_under_its_propensities_is_refused() -> None:
     log = log_of({"gender": np.where(woman, "f", "m").tolist()}, TAGS, several, woman, propensity=p)
     with pytest.raises(LogError, match=r"no floor.*epsilon"):
         code(log)
+
+
+def always_the_best(n: int, epsilon: float, seed: int = 0) -> Log:
+    """Nobody's taste differs; one variant, blue and loud, is shown to everybody but for a share that is drawn."""
+    rng = np.random.default_rng(seed)
+    variants = {"colour": [["blue"], ["blue"], ["red"], ["red"]], "tone": [["loud"], ["calm"], ["loud"], ["calm"]]}
+    variant = np.where(rng.random(n) < epsilon, rng.integers(0, 4, n), 0)
+    propensity = np.where(variant == 0, 1 - epsilon + epsilon / 4, epsilon / 4)
+    click = rng.random(n) < 0.05 + 0.1 * np.isin(variant, (0, 2))  # loud alone is liked
+    gender = np.array(["f", "m"])[rng.integers(0, 2, n)]
+    return log_of({"gender": gender}, variants, variant, click, propensity=propensity, unit=np.arange(n))
+
+
+def test_what_everybody_takes_does_not_get_the_credit_of_what_it_was_shown_with() -> None:
+    effects = {next(iter(m.tag.items())): m for m in attribute(always_the_best(80_000, 0.2)).main_effects}
+    blue, loud = effects["colour", "blue"], effects["tone", "loud"]
+    assert blue.ci_low < 0 < blue.ci_high  # of those shown blue nine in ten saw loud
+    assert loud.ci_low < 2.0 < loud.ci_high
+    assert blue.ctr == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("propensity", [1.0, 0.5])
+def test_the_same_propensity_for_everybody_does_not_hide_that_users_were_chosen(propensity: float) -> None:
+    rng = np.random.default_rng(1)
+    n = 6_000
+    gender = rng.integers(0, 2, n)
+    variant = (rng.random(n) < np.where(gender == 0, 0.9, 0.1)).astype(np.int64)
+    log = log_of(
+        {"gender": np.array(["f", "m"])[gender]}, {"tone": [["a"], ["b"]]}, variant, rng.random(n) < 0.3,
+        propensity=np.full(n, propensity), unit=np.arange(n),
+    )  # fmt: skip
+    with pytest.raises(LogError, match="as likely for everybody"):
+        code(log)
+
+
+def test_of_a_dimension_with_many_values_the_most_shown_are_looked_at() -> None:
+    rng = np.random.default_rng(0)
+    n, values = 4_000, MAX_VALUES + 36
+    variant = np.concatenate([np.arange(values), rng.integers(0, MAX_VALUES, n)])
+    user = {"gender": np.array(["f", "m"])[rng.integers(0, 2, len(variant))]}
+    log = log_of(user, {"tone": [[f"t{i:03}"] for i in range(values)]}, variant, rng.random(len(variant)) < 0.3)
+    coded = code(log, dependent=False)
+    assert (len(coded.tags), coded.left_out) == (MAX_VALUES, 36)
+    assert {value for tag in coded.tags for _, value in tag.parts} == {f"t{i:03}" for i in range(MAX_VALUES)}
+
+
+def test_products_that_differ_in_users_and_tags_are_no_dependence() -> None:
+    rng = np.random.default_rng(2)
+    n = 8_000
+    product = rng.integers(0, 2, n)
+    gender = (rng.random(n) < np.where(product == 0, 0.8, 0.2)).astype(int)
+    variant = (rng.random(n) < np.where(product == 0, 0.8, 0.2)).astype(np.int64)
+    log = log_of(
+        {"gender": np.array(["f", "m"])[gender]}, {"tone": [["a"], ["b"]]}, variant, rng.random(n) < 0.3,
+        product=np.array(["card", "loan"])[product], unit=np.arange(n),
+    )  # fmt: skip
+    assert len(code(log).strata) == 2

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from attribution.consensus import Agreement, agreements, consensus
-from attribution.insights import Insight
+from attribution.insights import Insight, Pair
 
 
 def insight(segment: str, tag: str, effect: float = 0.4, **given: Any) -> Insight:
@@ -42,7 +42,6 @@ def test_the_same_insight_is_one_agreement_that_names_its_finders() -> None:
         insight("gender=m", "tone=loud", -0.3),  # men do not
         insight("gender=f", "tone=calm", -0.3),  # they like the alternative less
         insight("gender=m", "tone=calm", 0.3),
-        insight("gender=f & age=[30, inf)", "tone=loud & style=flat", 0.3, crossed=True),
         insight("gender=f", "tone=loud|shrill", 0.3),  # values that were never shown apart
     ],
 )
@@ -59,6 +58,7 @@ def test_other_words_for_the_same_preference_agree(other: Insight) -> None:
         insight("gender=f", "tone=calm", 0.3),  # of three tones two may be liked
         insight("age=[30, inf)", "tone=loud"),
         insight("gender=f", "style=flat"),
+        insight("gender=f & age=[30, inf)", "tone=loud & style=flat", 0.3, crossed=True),
     ],
 )
 def test_what_speaks_of_something_else_is_an_agreement_of_its_own(other: Insight) -> None:
@@ -66,6 +66,18 @@ def test_what_speaks_of_something_else_is_an_agreement_of_its_own(other: Insight
     assert {tuple(first.found_by), tuple(second.found_by)} == {("statistics",), ("ebm",)}
     assert not first.disagree
     assert not second.disagree
+
+
+def test_a_crossing_takes_the_place_of_the_pairs_that_it_explains() -> None:
+    """Young women like loud, and nobody else does: then neither women nor the young do by themselves."""
+    parts = (Pair({"gender": "f"}, {"tone": "loud"}), Pair({"age": "[-inf, 30)"}, {"tone": "loud"}))
+    crossing = insight("gender=f & age=[-inf, 30)", "tone=loud", 0.9, crossed=True, explained_by=parts)
+    young, flat = insight("age=[-inf, 30)", "tone=loud", 0.3), insight("gender=f", "style=flat")
+    by_method = {"statistics": [WOMEN, young, flat], "ebm": [WOMEN], "grid": [crossing, flat]}
+    assert [one.insight for one in consensus(by_method)] == [crossing, flat]
+    women = next(one for one in agreements(by_method) if one.insight == WOMEN)
+    assert not women.holds and not women.disagree and women.explained == crossing
+    assert "the grid explains it by gender=f and age=[-inf, 30) and tone=loud together" in women.sentence
 
 
 @pytest.mark.parametrize(

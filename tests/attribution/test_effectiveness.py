@@ -363,6 +363,36 @@ def test_what_a_log_lacks_is_said_with_its_remedy(what: str, verdicts: str) -> N
     assert json.loads(text)["fatigue"]["verdict"] == found.fatigue.verdict.value
 
 
+@pytest.mark.parametrize(
+    ("column", "time", "says"),
+    [
+        (None, None, "The log has no times. Name the column of the time in `time`."),
+        ("at", np.nan, "No time of column 'at' can be read as a moment. Write times like 2026-10-01T05:00:00Z"),
+        ("at", 1.7e9, "All times of column 'at' are the same one."),
+    ],
+)
+def test_why_there_are_no_times_is_said_once(column: str | None, time: float | None, says: str) -> None:
+    log = drawn(13)
+    schema = log.schema.model_copy(update={"time": column})
+    times = None if time is None else np.full(len(log), time)
+    found = effectiveness(replace(log, schema=schema, time=times))
+    parts = (found.fatigue, found.other_causes, found.eye_catching)
+    sentences = [sentence for part in parts for sentence in part.sentences]
+    assert sum(says in sentence for sentence in sentences) == 1
+    assert not any("at the same time." in sentence for sentence in found.eye_catching.sentences)
+    assert sum("`time`" in sentence for sentence in sentences) == (column is None)
+    without_control = effectiveness(replace(log, schema=schema, time=times), control="nobody")
+    assert says in without_control.other_causes.missing["time"]  # where the first doubt has no word of it
+
+
+def test_another_control_is_asked_for_where_buckets_have_names_of_their_own() -> None:
+    log = drawn(13)
+    own = replace(log, buckets=pa.array(["A", "model", "random"]))
+    assert "name it: `--control NAME`" in effectiveness(own).fatigue.reason
+    assert "--control" not in effectiveness(lacking(log, "control")).fatigue.reason
+    assert effectiveness(own, control="A").fatigue.trends
+
+
 def test_rows_of_several_exposures_have_no_nth_one() -> None:
     log = drawn(13)
     counted = replace(log, count=np.full(len(log), 2.0))

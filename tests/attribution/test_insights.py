@@ -152,7 +152,7 @@ def test_results_are_json_of_the_contract() -> None:
     insight = json.loads(json.dumps(result.insights[0].to_json(), allow_nan=False))
     assert insight.keys() == {
         "segment", "tag", "effect", "preference", "ci_low", "ci_high", "q_value", "n", "methods", "explained_by",
-        "importance",
+        "importance", "crossed",
     }  # fmt: skip
     assert all(set(pair) == {"segment", "tag"} for pair in insight["explained_by"])
     assert isinstance(insight["n"], int)

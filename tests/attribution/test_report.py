@@ -204,7 +204,9 @@ def test_the_summary_has_the_strongest_insights_with_their_intervals_and_who_fou
     assert f"Users with gender = f: {shown}" in text
     assert f"95 % interval {interval(insight.ci_low, insight.ci_high)}".replace("\u00a0", " ") in text
     assert "found by 2 of 3 methods" in text
-    assert "1 more shows only in two user fields or two tags at once" in text
+    crossing = text.split("1 crossing holds: what two user fields or two tags do only together")[1].split("Portrait")[0]
+    assert "city = a" in crossing and "tone = loud and style = flat together are ▲ 80 % higher" in crossing
+    assert "beyond all that its parts do" in crossing
 
 
 def test_an_effect_of_hardly_known_size_is_said_to_be_one() -> None:
@@ -229,12 +231,79 @@ def test_where_nothing_could_be_looked_at_it_says_so() -> None:
     none = np.zeros(0)
     examined = Examined((), (), none, none, none, none, np.zeros(0, np.int64))
     statistics = Attribution([], [], Diagnostics(examined, 90, 1, 1.0, 0.0, (), none, none))
-    reason = "The log names no user fields."
+    reason = "Too few clicks for it."
     parts = dict.fromkeys(("preference", "ebm", "network_ebm", "grid", "contributions", "network", "effectiveness"))
     text = words(attribution=statistics, agreements=[], not_done=dict.fromkeys(parts, reason), **parts)
-    assert "Nothing could be looked at." in text and text.count(reason) >= 7
-    assert "90 of 90" in text and "No tag varies" in text
-    assert "None" not in text and "nan" not in text
+    assert "Too few exposures to find anything: none of the 90 segment × tag pairs" in text
+    assert text.count(f"Not done: {reason}") >= 5 and text.count(f"not done: {reason}") == 3  # once in the limits
+    assert "90 of 90" in text and "No tag varies" in text and "there is nothing to agree on" in text
+    assert "None" not in text and "nan" not in text and "found nothing" not in text
+
+
+def test_a_log_without_user_fields_is_about_what_everybody_takes_and_nothing_else() -> None:
+    page = render(without_users())
+    text = Page(page).text
+    head = text.split("Why it works")[0]
+    assert "fund-card (simulated): what everybody takes" in head
+    assert "The log names no user fields: nobody's preferences can be told apart. How all users together" in head
+    ids = re.findall(r'<h2 id="([^"]+)"', page)
+    assert ids == ["main-effects", "effectiveness", "limits", "method"]
+    links = re.findall(r'<a href="#([^"]+)"', page)
+    assert set(links) <= set(ids) and text.count("the methods' agreement are left out") == 1
+    for nonsense in (
+        "0 of 0",
+        "Never tried enough",
+        "in that they agree",
+        "Nothing could be looked at",
+        "EBM Proposes",
+    ):
+        assert nonsense not in text
+    limits = text.split("What we cannot say, and why")[1]
+    assert "EBM, Grid (2 × 2), Network contributions, not done: No user fields." in limits
+    assert limits.count("No user fields.") == 1
+
+
+def without_users() -> Analysis:
+    """The same log, had it named no user fields."""
+    none = np.zeros(0)
+    examined = Examined((), (), none, none, none, none, np.zeros(0, np.int64))
+    old = analysis()
+    diagnostics = Diagnostics(examined, 0, 1, 1.0, 0.0, (), none, none)
+    parts = dict.fromkeys(("preference", "ebm", "network_ebm", "grid", "contributions", "network"))
+    return replace(
+        old, facts=replace(old.facts, user=()), agreements=[],
+        attribution=old.attribution._replace(insights=[], diagnostics=diagnostics),
+        not_done=dict.fromkeys(("ebm", "grid", "network"), "No user fields."), **parts,
+    )  # fmt: skip
+
+
+def test_what_everybody_takes_says_that_it_is_not_adjusted_for_the_tags_beside() -> None:
+    section = words().split("What everybody takes The click rate")[1].split("What EBM learned")[0]
+    assert "nothing is adjusted for the tags that were shown together with it" in section
+
+
+def test_agreement_is_said_to_be_weaker_than_its_count() -> None:
+    section = words().split("Do the methods agree? Which methods")[1]
+    assert "weaker evidence than its count looks: all methods read the same log; preferences and grid" in section
+    assert "EBM and trees are confirmed by the same test on the same half of the users" in section
+
+
+def test_a_crossing_that_holds_by_itself_is_the_headline() -> None:
+    single, both = (a.insight for a in analysis().agreements)
+    page = render(replace(analysis(), agreements=[agreement(both, {"grid": 1})]))
+    text = Page(page).text
+    head = text.split("Contents" if "Contents" in text else "Portrait")[0]
+    assert "Nothing is sure" not in text and "Nothing was found" not in head and "1 crossing holds" in head
+    assert 'class="verdict"' in page
+    explained = Agreement(single, {"statistics": 1}, (), False, both)
+    text = words(agreements=[agreement(both, {"grid": 1}), explained])
+    assert "1 more is part of a crossing, and nothing beside it" in text and "gender = f part of a crossing" in text
+
+
+def test_a_crossing_is_said_to_be_beyond_its_parts_and_not_the_plain_odds() -> None:
+    section = words().split("Two user fields and two tags at once What two")[1].split("Why it works")[0]
+    assert "not plain odds" in section and "its single pairs of user value and tag" in section
+    assert "Odds beyond the parts" in section and "not whether the rate is high" in section
 
 
 def test_methods_that_disagree_are_pointed_out_and_left_out_of_the_summary() -> None:
@@ -351,6 +420,21 @@ def test_the_grid_shows_click_rates_and_marks_what_only_the_crossing_says() -> N
     assert part.count('<circle class="hit more"') == 1 and 'class="soft">Grid (2 × 2)<' in part
     segments = html().split('id="segments"')[1].split('id="grid"')[0]
     assert "<bdi>city</bdi>" not in segments  # crossings are the grid's
+
+
+def test_what_lacks_for_every_doubt_is_said_once() -> None:
+    lack = "The log does not say which bucket an exposure is of."
+    parts = {
+        name: replace(getattr(effects(), name), reason=lack, verdict=Judgement.CANNOT_SAY, sentences=(lack,))
+        for name in ("fatigue", "other_causes", "eye_catching")
+    }
+    assert words(effectiveness=Effectiveness(**parts)).count(lack) == 1
+
+
+def test_a_doubt_says_nothing_twice() -> None:
+    fatigue = replace(effects().fatigue, reason="No times. Log them.", sentences=("No times.", "Else.", "Else."))
+    text = words(effectiveness=replace(effects(), fatigue=fatigue))
+    assert text.count("No times.") == 1 and text.count("Else.") == 1
 
 
 def test_each_doubt_has_its_verdict_its_reason_and_its_pictures() -> None:

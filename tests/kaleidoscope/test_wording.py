@@ -118,7 +118,10 @@ def test_an_insight_of_which_the_size_is_not_known_says_so() -> None:
 def test_tags_that_work_together_are_not_tags_never_shown_apart() -> None:
     two = {"a": "x", "b": "y"}
     assert "(never shown apart)" in insight_sentence(SEGMENT, two, 0.2, 0.1, 0.3, 0.01)
-    assert "apart" not in insight_sentence(SEGMENT, two, 0.2, 0.1, 0.3, 0.01, crossed=True)
+    crossed = insight_sentence(SEGMENT, two, 0.2, 0.1, 0.3, 0.01, crossed=True)
+    assert "never shown apart" not in crossed
+    assert "20 % higher than what these values do apart would make them (on top of the other insights" in crossed
+    assert "单独及部分组合" in insight_sentence(SEGMENT, two, 0.2, 0.1, 0.3, 0.01, crossed=True, language="zh")
     assert "（从未分开展示）" in insight_sentence(SEGMENT, two, 0.2, 0.1, 0.3, 0.01, language="zh")
     assert "（同时出现时）" in insight_sentence(SEGMENT, two, 0.2, 0.1, 0.3, 0.01, crossed=True, language="zh")
 

@@ -18,7 +18,7 @@ from scipy.special import expit
 
 from kaleidoscope.access import operator
 from kaleidoscope.cli import main
-from kaleidoscope.commands.attribute import attribute_log, attribute_scene, csv_text
+from kaleidoscope.commands.attribute import attribute_log, attribute_scene, csv_text, said
 from kaleidoscope.database import Database
 from kaleidoscope.errors import InputError, JobError, LogError, NotFoundError
 from kaleidoscope.portraits import latest_portrait, portrait_of
@@ -114,6 +114,83 @@ def test_a_log_without_user_fields_says_what_was_not_done(tmp_path: Path) -> Non
     kept = attribute_log(log, schema, tmp_path / "report", seed=0, progress=Silent())
     assert kept["insights"] == [] and len(kept["main_effects"]) > 0  # type: ignore[arg-type]
     assert "no user fields" in kept["not_done"]["ebm"]  # type: ignore[index]
+    lines = said(kept)
+    assert lines[0] == "Without user fields nobody's preferences can be told apart, only what everybody takes."
+    assert sum("not done" in line for line in lines) == 1
+    assert lines[-1].startswith("preference, ebm, grid, contributions, network: not done. The log names no user fields")
+
+
+def summary(**changed: Any) -> dict[str, Any]:
+    """A summary as `said` reads it, in which nothing was found."""
+    nothing: dict[str, Any] = {
+        "user": ["gender"], "examined": 40, "too_few": 2, "insights": [], "agreement": [], "main_effects": [],
+        "not_done": {},
+    }  # fmt: skip
+    return nothing | changed
+
+
+def effect(tag: dict[str, str], effect: float, q_value: float) -> dict[str, Any]:
+    low, high = sorted((effect * 0.8, effect * 1.2))
+    return {"tag": tag, "effect": effect, "ci_low": low, "ci_high": high, "q_value": q_value, "n": 900}
+
+
+def test_where_no_preference_was_found_the_surest_tag_of_each_dimension_is_said() -> None:
+    effects = [
+        effect({"tone": "calm"}, -0.1, 0.01), effect({"tone": "loud"}, 0.3, 0.001),
+        effect({"style": "flat"}, 0.2, 0.04), effect({"size": "big"}, 0.9, 0.06),
+    ]  # fmt: skip
+    lines = said(summary(main_effects=effects))
+    assert lines[0].startswith("No preference was found, which is not that there is none")
+    assert lines[1] == "What everybody takes, each tag by itself, not adjusted for those shown together with it:"
+    assert [line.split(":")[0] for line in lines[2:]] == [
+        "tone=loud",
+        "style=flat",
+        "1 more such tags are in the report.",
+    ]
+    assert "30 % higher" in lines[2]
+    assert said(summary())[1:] == [
+        "Over all users, no tag by itself makes a difference that is surely more than chance."
+    ]
+
+
+def test_where_no_pair_could_be_looked_at_nothing_is_said_to_be_absent() -> None:
+    few, none = said(summary(examined=0, too_few=80))[0], said(summary(examined=0, too_few=0))[0]
+    assert few.startswith("Too few exposures to find anything: none of the 80 segment × tag pairs")
+    assert none == "No preference was found: there was no segment × tag pair to look at."
+
+
+def test_crossings_are_said_and_counted_among_those_that_are_not_listed() -> None:
+    agreed = [
+        {"consensus": True, "found_by": {"statistics": 1}, "sentence": "Found by the statistics alone."},
+        {"consensus": True, "found_by": {"grid": 1}, "sentence": "Found by the grid alone."},
+        {"consensus": False, "found_by": {"ebm": 1}, "sentence": "Found by the EBM alone."},
+    ]
+    found = summary(agreement=agreed, insights=[{"sentence": "One."}, {"sentence": "Both."}])
+    assert said(found) == ["One. Found by the statistics alone.", "Both. Found by the grid alone."]
+    assert said(found, most=1)[1] == "1 more are in the report, 1 of them of two user fields or two tags at once."
+    crossed = summary(agreement=agreed[1:2], insights=[{"sentence": "Both."}])
+    assert said(crossed) == ["Both. Found by the grid alone."]
+
+
+def test_methods_that_lack_the_same_are_said_in_one_line() -> None:
+    lines = said(summary(not_done={"ebm": "Too few.", "network": "No model.", "grid": "Too few."}))
+    assert lines[-2:] == ["ebm, grid: not done. Too few.", "network: not done. No model."]
+
+
+def test_another_bucket_can_be_control(tmp_path: Path) -> None:
+    log, schema = write_log(tmp_path)
+    table = pq.read_table(log)
+    names = pa.array([{"control": "A"}.get(name, "B") for name in table["bucket"].to_pylist()])
+    pq.write_table(table.set_column(table.column_names.index("bucket"), "bucket", names), log)
+    words = ["attribute", str(log), "--schema", str(schema), "--out", str(tmp_path / "out"), "--json"]
+    with pytest.raises(SystemExit) as done:
+        main([*words, "--control", "A"])
+    assert done.value.code == 0
+    kept = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [lift["bucket"] for lift in kept["effectiveness"]["other_causes"]["lifts"]] == ["B"]
+    shown = [int(row["n"]) for row in rows_of(tmp_path / "out" / "portrait.csv") if "style" in row["tag"]
+             and row["segment"].startswith("gender")]  # fmt: skip
+    assert sum(shown) == kept["buckets"]["B"]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +200,7 @@ def test_a_log_without_user_fields_says_what_was_not_done(tmp_path: Path) -> Non
         ("LOG --schema SCHEMA", "--out, the folder for the report, is needed"),
         ("LOG --schema SCHEMA --out OUT --from 2026-01-01", "--from and --until are for scenes"),
         ("home", "name the business"),
+        ("home --control A", "--control is for logs"),
         ("LOG --schema SCHEMA --out OUT --model nowhere", "no exported model there"),
         ("nowhere.parquet --schema SCHEMA --out OUT", "nowhere.parquet"),
     ],
