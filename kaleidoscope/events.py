@@ -132,6 +132,10 @@ class Windows:
         """The windows that a scene's attribution says."""
         return cls(spec.exposure_hours * 3600, spec.click_hours * 3600, spec.conversion_hours * 3600)
 
+    def or_longer(self, other: Windows) -> Windows:
+        """Of each window the longer one."""
+        return Windows(**{name: max(value, vars(other)[name]) for name, value in vars(self).items()})
+
     def of(self, kind: Kind) -> float:
         """The window of a kind of event."""
         return {Kind.EXPOSURE: self.exposure_s, Kind.CONVERSION: self.conversion_s}.get(kind, self.click_s)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attribution.analysis import Analysis, analyse
-from attribution.consensus import GRID as ONLY_GRID
 from attribution.report import render
 from kaleidoscope.access import operator
 from kaleidoscope.commands.exposures import Exposures, existing_database, read_exposures_of
@@ -232,7 +231,7 @@ def said(summary: Mapping[str, Any], most: int = 10) -> list[str]:
         for insight, agreement in zip(summary["insights"], found, strict=True)
     ][:most]
     if len(found) > most:
-        crossings = sum(agreement["found_by"].keys() == {ONLY_GRID} for agreement in found[most:])
+        crossings = sum(agreement["insight"]["crossed"] for agreement in found[most:])
         of_two = f", {crossings} of them of two user fields or two tags at once" if crossings else ""
         lines.append(f"{len(found) - most} more are in the report{of_two}.")
     if not found:

@@ -36,12 +36,18 @@ def describe_with(work: Work) -> Describe:
 
 
 def rules_of(work: Work) -> Rules:
-    """Which events count, by the attribution of each scene."""
+    """Which events count: by the attribution of each scene, and of the releases that it shows, if that is longer, since
+    servers go by those."""
     from kaleidoscope.events import Rules, Windows
+    from kaleidoscope.release import all_live, get_release, verify
     from kaleidoscope.scenes import attributions
 
-    specs = attributions(work.session)
-    return Rules(windows={scene: Windows.attributing(spec) for scene, spec in specs.items()})
+    windows = {scene: Windows.attributing(spec) for scene, spec in attributions(work.session).items()}
+    for scene, live in all_live(work.session).items():
+        for number in filter(None, (live.stable, live.candidate)):
+            content = verify(get_release(work.session, scene, number))
+            windows[scene] = windows[scene].or_longer(Windows.attributing(content.scene.attribution))
+    return Rules(windows=windows)
 
 
 @command(events_group, "compact")

@@ -20,9 +20,10 @@ from kaleidoscope.log import read_log
 from kaleidoscope.log_schema import read_schema
 from kaleidoscope.release import ReleasePlan, Shares, draft_release, start, verify
 from kaleidoscope.review import make_variants, move_variants
+from kaleidoscope.scenes import change_scene
 from kaleidoscope.vocabulary import Role
 from tests.kaleidoscope.people import person
-from tests.kaleidoscope.stock import stocked
+from tests.kaleidoscope.stock import spec, stocked
 
 KEYS = Keyring({"k1": b"0123456789abcdef0123"})
 N = 300
@@ -93,12 +94,19 @@ def test_from_events_to_a_log_and_to_nothing(
 
 def test_days_that_are_not_over_are_left_open(logged: Database, capsys: pytest.CaptureFixture[str]) -> None:
     with logged.transaction(person("ann", Role.ADMIN)) as session:
-        from kaleidoscope.scenes import change_scene
-        from tests.kaleidoscope.stock import spec
-
         change_scene(session, "welcome", spec(attribution={"conversion_hours": 24 * 30}), version=None)
     assert run(capsys, "events", "compact")["days"] == []
     assert run(capsys, "events", "compact", "--all")["exposures"] == N
+
+
+def test_days_wait_for_the_release_that_servers_go_by(logged: Database, capsys: pytest.CaptureFixture[str]) -> None:
+    """Somebody shortens the attribution of the scene; until that is released, servers accept events as before."""
+    with logged.transaction(person("pat", Role.ADMIN)) as session:
+        change_scene(session, "welcome", spec(attribution={"conversion_hours": 24 * 30}), version=None)
+        release = draft_release(session, "welcome", ReleasePlan(shares=Shares(random=1.0), stages=(1.0,)))
+        start(session, "welcome", release.number)
+        change_scene(session, "welcome", spec(attribution={"conversion_hours": 1}), version=None)
+    assert run(capsys, "events", "compact")["days"] == []
 
 
 @pytest.mark.parametrize("words", [("counts", "--since", "yesterday"), ("drop", "--before", "2026-13-01")])

@@ -161,9 +161,9 @@ def test_where_no_pair_could_be_looked_at_nothing_is_said_to_be_absent() -> None
 
 def test_crossings_are_said_and_counted_among_those_that_are_not_listed() -> None:
     agreed = [
-        {"consensus": True, "found_by": {"statistics": 1}, "sentence": "Found by the statistics alone."},
-        {"consensus": True, "found_by": {"grid": 1}, "sentence": "Found by the grid alone."},
-        {"consensus": False, "found_by": {"ebm": 1}, "sentence": "Found by the EBM alone."},
+        {"consensus": True, "insight": {"crossed": False}, "sentence": "Found by the statistics alone."},
+        {"consensus": True, "insight": {"crossed": True}, "sentence": "Found by the grid alone."},
+        {"consensus": False, "insight": {"crossed": False}, "sentence": "Found by the EBM alone."},
     ]
     found = summary(agreement=agreed, insights=[{"sentence": "One."}, {"sentence": "Both."}])
     assert said(found) == ["One. Found by the statistics alone.", "Both. Found by the grid alone."]
