@@ -50,6 +50,8 @@ from kaleidoscope.tables import (
     Job,
     LedgerEntry,
     Material,
+    Portrait,
+    PortraitRow,
     Release,
     Scene,
     TaxonomyVersion,
@@ -99,6 +101,29 @@ def plant(database: Database, caller: Caller) -> None:
         add(Release, scene_id="home", number=1, content={}, content_hash="-", author=business)
         add(LedgerEntry, scene_id="home", seq=1, actor=business, action="publish", release=1, share=1.0, paused=False)
         add(Job, id=1, kind="train", subject="home", arguments={}, state="queued", author=business, max_attempts=1)
+        facts: dict[str, Any] = {
+            "releases": [],
+            "buckets": [],
+            "methods": [],
+            "shown": {},
+            "segments": [{}],
+            "tags": [],
+        }
+        add(
+            Portrait,
+            scene_id="home",
+            number=1,
+            log_hash="-",
+            run_hash="-",
+            exposures=1,
+            simulated=True,
+            cells=1,
+            insights=0,
+            author=business,
+            tags=[],
+            **facts,
+        )
+        add(PortraitRow, scene_id="home", number=1, position=0, segment=0, tag=0, n=1, crossed=False)
 
 
 @pytest.fixture
