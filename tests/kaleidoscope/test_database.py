@@ -120,7 +120,6 @@ def plant(database: Database, caller: Caller) -> None:
             cells=1,
             insights=0,
             author=business,
-            tags=[],
             **facts,
         )
         add(PortraitRow, scene_id="home", number=1, position=0, segment=0, tag=0, n=1, crossed=False)
