@@ -366,7 +366,7 @@ class Plan:
             count = np.random.default_rng([start, len(count)]).multinomial(count.astype(np.int64), share)  # (n, 2, 64)
             row, kind, number = np.nonzero(count)
             replicate, count = number.astype(np.uint16), count[row, kind, number].astype(np.float64)
-        batch = replace(_take(batch, row), click=(kind == 0).astype(np.uint16), replicate=replicate, amounts=[count])
+        batch = replace(batch.take(row), click=(kind == 0).astype(np.uint16), replicate=replicate, amounts=[count])
         return _weighted(batch, None if weight is None else weight[row])
 
     def _check(self, good: NDArray[np.bool_], column: str, what: str, start: int) -> None:
@@ -381,17 +381,6 @@ class Plan:
 _NUMBERS = ("label", "clicks", "impressions", "propensity", "weight")
 
 
-def _take(batch: Batch, rows: Codes) -> Batch:
-    return Batch(
-        [Column(c.codes[rows], c.items) for c in batch.columns],
-        batch.place[rows],
-        batch.places,
-        batch.replicate[rows],
-        batch.click[rows],
-        [None if a is None else a[rows] for a in batch.amounts],
-    )
-
-
 def _weighted(batch: Batch, weight: Floats | None) -> Batch:
     """With sums of weights and of their squares; rows that count nothing are left out."""
     if weight is None:
@@ -399,7 +388,7 @@ def _weighted(batch: Batch, weight: Floats | None) -> Batch:
     (count,) = batch.amounts
     once = weight if count is None else count * weight
     batch = replace(batch, amounts=[count, once, once * weight])
-    return batch if (weight > 0).all() else _take(batch, np.flatnonzero(weight > 0))
+    return batch if (weight > 0).all() else batch.take(np.flatnonzero(weight > 0))
 
 
 def batches(plan: Plan) -> Iterator[tuple[pa.Table, int]]:

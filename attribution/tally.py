@@ -62,13 +62,17 @@ class Batch:
             return self
         short = self.place.astype(np.uint16) if len(self.places) <= 1 << 16 else self.place
         order = np.argsort(short, kind="stable")  # of 16 bits by counting
+        return self.take(order)
+
+    def take(self, rows: Codes) -> Batch:
+        """The batch of these rows (positions), in this order."""
         return Batch(
-            [Column(c.codes[order], c.items) for c in self.columns],
-            self.place[order],
+            [Column(c.codes[rows], c.items) for c in self.columns],
+            self.place[rows],
             self.places,
-            self.replicate[order],
-            self.click[order],
-            [None if a is None else a[order] for a in self.amounts],
+            self.replicate[rows],
+            self.click[rows],
+            [None if a is None else a[rows] for a in self.amounts],
         )
 
 

@@ -652,14 +652,14 @@ def _write_csv(path: Path, _: PortraitView, cells: Sequence[Mapping[str, Any]]) 
                 "found_by": _pairs({m: "+" if sign > 0 else "-" for m, sign in cell["found_by"].items()}),
                 "explained_by": "; ".join(f"{_pairs(p['segment'])} × {_pairs(p['tag'])}" for p in cell["explained_by"]),
             }
-            lines.writerow([_cell(told[name]) for name in (*columns, "sentence")])
+            lines.writerow([csv_cell(told[name]) for name in (*columns, "sentence")])
 
 
 def _pairs(names: Mapping[str, str]) -> str:
     return ", ".join(f"{name}={value}" for name, value in names.items())
 
 
-def _cell(value: object) -> object:
+def csv_cell(value: object) -> object:
     """A cell of a CSV: text on one line, and marked as text where a spreadsheet would calculate it."""
     if not isinstance(value, str):
         return value

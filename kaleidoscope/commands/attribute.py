@@ -24,7 +24,7 @@ from kaleidoscope.commands.output import Clock, json_text, make_folder, write_wh
 from kaleidoscope.errors import InputError, NotFoundError
 from kaleidoscope.log import read_log
 from kaleidoscope.log_schema import read_schema
-from kaleidoscope.portraits import PortraitCell, PortraitRun, store_portrait
+from kaleidoscope.portraits import PortraitCell, PortraitRun, csv_cell, store_portrait
 from kaleidoscope.progress import Progress
 from kaleidoscope.ranker import Ranker
 from kaleidoscope.settings import Settings
@@ -336,7 +336,7 @@ GRID = (*RATE, "effect", "ci_low", "ci_high", "q_value")
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> str:
-    """Rows as CSV. What a spreadsheet would take for a formula begins with an apostrophe; unknown is empty."""
+    """Rows as CSV. Text is on one line, and none is a formula to a spreadsheet; unknown is empty."""
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
@@ -346,9 +346,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> st
 
 
 def _cell(value: object) -> object:
-    if isinstance(value, str):
-        return f"'{value}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
-    return f"{value:.6g}" if isinstance(value, float) else value
+    return f"{value:.6g}" if isinstance(value, float) else csv_cell(value)
 
 
 def _named(segment: Mapping[str, str], tag: Mapping[str, str]) -> dict[str, str]:

@@ -91,6 +91,12 @@ def test_the_control_bucket_says_nothing_of_preferences(tmp_path: Path) -> None:
     assert shown == kept["buckets"]["random"]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("typed", ["＝1+1", " =1+1", "\n=1+1", "\x1b[2J=1+1"])
+def test_formulas_in_disguise_are_text_on_one_line(typed: str) -> None:
+    _, line = csv_text(("a",), [{"a": typed}]).splitlines()
+    assert not line.startswith(("=", "＝", " ", "\x1b"))
+
+
 def test_what_a_spreadsheet_would_run_is_text() -> None:
     text = csv_text(("a", "b"), [{"a": "=1+1", "b": 0.1234567}, {"a": "-x", "b": None}, {"a": "1,5", "b": 3}])
     assert text == "a,b\n'=1+1,0.123457\n'-x,\n\"1,5\",3\n"
