@@ -118,10 +118,13 @@ def wait_for(happened: Callable[[], object]) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; one that is dead and not yet waited for does not."""
+    """Whether the process runs; one that is dead and not yet waited for does not.
+
+    Its file in ``/proc`` may be gone before it is opened, or between the opening and the reading.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
