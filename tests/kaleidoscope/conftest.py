@@ -9,6 +9,7 @@ import itertools
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,6 +100,23 @@ def sqlite(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]
     with open_database(fresh_url("sqlite", request, tmp_path)) as made:
         add_businesses(made)
         yield made
+
+
+def settle(database: Database) -> None:
+    """Wait until nobody is in a transaction: a server still commits what a client had asked for that was killed."""
+    until = time.monotonic() + 60
+    while not database.sqlite:
+        with database.engine.connect() as connection:
+            if not connection.scalar(IN_A_TRANSACTION):
+                return
+        assert time.monotonic() < until, "somebody is in a transaction for ever"
+        time.sleep(0.01)
+
+
+IN_A_TRANSACTION = sa.text(
+    "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    " AND backend_type = 'client backend' AND state <> 'idle'"
+)
 
 
 def add_businesses(database: Database) -> None:

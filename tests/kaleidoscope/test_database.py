@@ -60,6 +60,7 @@ from kaleidoscope.tables import (
     VariantMaterial,
     now,
 )
+from tests.kaleidoscope.conftest import settle
 from tests.kaleidoscope.people import person
 
 ACME, RIVAL = person("ann"), person("eve", business="rival")
@@ -723,6 +724,7 @@ def test_a_process_that_is_killed_leaves_whole_transactions(database: Database, 
                 break
         process.stdout.read()
     assert process.returncode == -signal.SIGKILL
+    settle(database)
     ids = [row[0] for row in raw(database, "SELECT id FROM scenes")]
     assert sorted(id_[:-1] for id_ in ids if id_.endswith("a")) == sorted(i[:-1] for i in ids if i.endswith("b"))
     assert len(ids) >= 2 * int(stop_after[0])

@@ -49,6 +49,7 @@ from kaleidoscope.log import read_log
 from kaleidoscope.log_schema import read_schema
 from kaleidoscope.tables import Business, Decision, Event, LogPart
 from kaleidoscope.vocabulary import Bucket
+from tests.kaleidoscope.conftest import settle
 from tests.kaleidoscope.people import person
 
 ROOT = Path(__file__).parents[2]
@@ -914,7 +915,7 @@ def erases(database, step):
     events.erase_unit(database, Path(folder), business="acme", unit="user-1")
     os.write(1, b"whole\\n")
 
-signal.alarm(180)
+signal.alarm(600)
 for line in sys.stdin:
     job, number = line.split()
     pid = os.fork()
@@ -935,6 +936,7 @@ class Workshop:
     def __init__(self, database: Database, folder: Path) -> None:
         url = database.url.render_as_string(hide_password=False)
         command = [sys.executable, "-c", WORKSHOP, url, str(folder)]
+        self.database = database
         self.process = subprocess.Popen(command, text=True, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __enter__(self) -> Workshop:
@@ -959,6 +961,7 @@ class Workshop:
                 time.sleep(kill_after_s)
                 os.kill(int(next(s for s in said if s.startswith("pid")).split()[1]), signal.SIGKILL)
                 kill_after_s = None
+        settle(self.database)
         return said
 
 

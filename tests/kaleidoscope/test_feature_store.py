@@ -8,7 +8,7 @@ import os
 import socket
 import sqlite3
 import sys
-import time
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -437,14 +437,15 @@ def test_profiles_may_say_since_when_they_are_known(place: Place, tmp_path: Path
 
 
 class Slow:
-    """A store that answers when it may."""
+    """A store that answers once it is let go."""
 
-    def __init__(self, answer: Any, delay_s: float) -> None:
-        self.answer, self.delay_s, self.asked = answer, delay_s, 0
+    def __init__(self, answer: Any) -> None:
+        self.answer, self.let_go = answer, threading.Event()
+        self.asked: list[str] = []
 
     def online(self, unit: str, scene: str, at: datetime) -> Any:
-        self.asked += 1
-        time.sleep(self.delay_s)
+        self.asked.append(unit)
+        assert self.let_go.wait(300)
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -452,7 +453,7 @@ class Slow:
 
 @pytest.fixture
 def features(place: Place) -> Iterator[OnlineFeatures]:
-    made = OnlineFeatures(place.settings, timeout_s=5.0)
+    made = OnlineFeatures(place.settings, timeout_s=60.0)
     yield made
     made.close()
 
@@ -499,21 +500,25 @@ def test_feast_does_not_move_the_numbers_of_this_process_to_files(place: Place) 
 def test_a_decision_does_not_wait_for_a_slow_store_and_leaves_it_alone_for_a_while(place: Place) -> None:
     clock = [0.0]
     features = OnlineFeatures(place.settings, timeout_s=0.01, clock=lambda: clock[0])
-    slow = Slow({"age": 1}, 0.2)
+    slow = Slow({"age": 1})
     features._stores["acme"] = ("", slow)  # type: ignore[assignment]
-    for _ in range(SLOW_IN_A_ROW):
-        assert features.features_for("acme", "home", "ann", NOW) == ({}, TOO_SLOW)
-    asked = slow.asked
-    assert features.features_for("acme", "home", "ann", NOW) == ({}, PAUSED)
-    assert slow.asked == asked
-    clock[0], slow.delay_s, features.timeout_s = 60.0, 0.0, 5.0
-    assert features.features_for("acme", "home", "ann", NOW) == ({"age": 1}, "")
-    features.close()
+    try:
+        for _ in range(SLOW_IN_A_ROW):
+            assert features.features_for("acme", "home", "ann", NOW) == ({}, TOO_SLOW)
+        assert features.features_for("acme", "home", "bob", NOW) == ({}, PAUSED)
+        slow.let_go.set()
+        clock[0], features.timeout_s = 60.0, 60.0
+        assert features.features_for("acme", "home", "cat", NOW) == ({"age": 1}, "")
+        assert "cat" in slow.asked and "bob" not in slow.asked
+    finally:
+        slow.let_go.set()
+        features.close()
 
 
 def test_a_store_that_fails_is_said_to(place: Place) -> None:
-    features = OnlineFeatures(place.settings, timeout_s=5.0)
-    features._stores["acme"] = ("", Slow(OSError("gone"), 0))  # type: ignore[assignment]
+    features, gone = OnlineFeatures(place.settings, timeout_s=60.0), Slow(OSError("gone"))
+    gone.let_go.set()
+    features._stores["acme"] = ("", gone)  # type: ignore[assignment]
     assert features.features_for("acme", "home", "ann", NOW) == ({}, "features cannot be read: OSError")
     features.close()
     broken = Settings(feature_dir=place.settings.feature_dir.parent / "broken")

@@ -20,6 +20,7 @@ from sqlalchemy import func, select
 from kaleidoscope.database import Database
 from kaleidoscope.review import make_variants
 from kaleidoscope.tables import AuditEntry, Material, Variant
+from tests.kaleidoscope.conftest import settle
 from tests.kaleidoscope.people import person
 from tests.kaleidoscope.stock import stocked
 
@@ -58,7 +59,7 @@ def work():
         n += 1
         os.write(1, b"done\\n")
 
-signal.alarm(180)
+signal.alarm(600)
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
@@ -117,6 +118,7 @@ def test_a_kill_in_the_middle_leaves_all_or_nothing(
             os.kill(int(next(s for s in said if s.startswith("pid")).split()[1]), signal.SIGKILL)
             while said[-1] != "dead":
                 said.append(workshop.stdout.readline().strip())
+            settle(database)
             there, told = check(database), said.count("done")
             # What was said to be done is there; one more may have been committed and not said.
             assert seen + told <= there <= seen + told + 1

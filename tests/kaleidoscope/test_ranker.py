@@ -189,7 +189,7 @@ assert ranker.explain(features, side, 0, 0)
 """
     with pa.ipc.new_file(tmp_path / "variants.arrow", VARIANTS.schema) as writer:
         writer.write_table(VARIANTS)
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
     ranker = Ranker.load(exported)
     features = ranker.features({"age_band": ["age_band_1"], "city": ["city_2"]}, 1)
     wanted = ranker.score(features, ranker.variant_side(VARIANTS))

@@ -64,6 +64,7 @@ from kaleidoscope.scenes import change_scene
 from kaleidoscope.tables import AuditEntry, LedgerEntry, Material, Release, Scene, Variant, now
 from kaleidoscope.taxonomy import check_changes, evolve
 from kaleidoscope.vocabulary import InterventionKind, ReleaseState, Role
+from tests.kaleidoscope.conftest import settle
 from tests.kaleidoscope.people import person
 from tests.kaleidoscope.stock import spec, stocked
 
@@ -890,7 +891,7 @@ def at_once(database: Database, *moves: Callable[[Session], Any]) -> list[Any]:
 
     def run(n: int) -> None:
         try:
-            barrier.wait(10)
+            barrier.wait(60)
             results[n] = do(database, moves[n], person(f"p{n}", Role.PUBLISHER))
         except Exception as error:
             results[n] = error
@@ -899,7 +900,7 @@ def at_once(database: Database, *moves: Callable[[Session], Any]) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     return results
 
 
@@ -986,7 +987,7 @@ def work(seed):
         os.write(1, b"moved\\n")
 
 plan = release.ReleasePlan(shares=release.Shares(control=0.5, random=0.5))
-signal.alarm(120)
+signal.alarm(600)
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
@@ -1066,6 +1067,7 @@ def test_a_kill_in_the_middle_leaves_nothing_half_done(database: Database) -> No
             while said[-1] != "dead":
                 said.append(heard(workshop))
             moved = said.count("moved")
+            settle(database)
             entries = check_ledger(database)
             # What was said to be done is there; one more may have been committed and not said.
             assert seen + moved <= len(entries) <= seen + moved + 1

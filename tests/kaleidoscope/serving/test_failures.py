@@ -254,12 +254,12 @@ class Wire:
         self._listen()
 
     def _listen(self) -> None:
-        self._start(self._accept, self._listener)
+        self._accepting = self._start(self._accept, self._listener)
 
-    def _start(self, target: Callable[..., None], *given: socket.socket) -> None:
+    def _start(self, target: Callable[..., None], *given: socket.socket) -> threading.Thread:
         thread = threading.Thread(target=target, args=given, daemon=True)
-        self._threads.append(thread)
         thread.start()
+        return thread
 
     def _accept(self, listener: socket.socket) -> None:
         with suppress(OSError):  # closed
@@ -268,8 +268,8 @@ class Wire:
                 database = socket.socket(socket.AF_UNIX)
                 self._ends += [client, database]
                 database.connect(self.socket_file)
-                self._start(self._pump, client, database)
-                self._start(self._pump, database, client)
+                self._threads.append(self._start(self._pump, client, database))
+                self._threads.append(self._start(self._pump, database, client))
 
     def _pump(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
@@ -295,12 +295,15 @@ class Wire:
         self._listen()
 
     def _close(self) -> None:
-        # A thread in `accept` or `recv` wakes by a shutdown, not by a close.
-        for end in (self._listener, *self._ends):
+        # A thread in `accept` or `recv` wakes by a shutdown, not by a close. First the one that may still add ends.
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._accepting.join(60)
+        for end in self._ends:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
-            thread.join(10)
+            thread.join(60)
         for end in (self._listener, *self._ends):
             end.close()
         self._ends.clear()
@@ -339,7 +342,7 @@ def test_decisions_go_on_while_the_database_is_stopped_and_the_next_release_is_s
             return shown["release"] == release and "staleSeconds" not in shown
 
         for release, how in enumerate(("refused", "silent"), 1):
-            until(f"release {release}", partial(serves, release), 30)
+            until(f"release {release}", partial(serves, release))
             wire.cut(how)
             release_next(database, RANDOM)
             begun, told = time.monotonic(), 0
@@ -354,7 +357,7 @@ def test_decisions_go_on_while_the_database_is_stopped_and_the_next_release_is_s
             item = {"event_id": how, "type": "exposure", "token": shown["token"]}
             assert server.call("/v1/events", {"events": [item]})["results"][0]["status"] == "accepted"
             wire.mend()
-            until(f"release {release + 1}", partial(serves, release + 1), 30)
+            until(f"release {release + 1}", partial(serves, release + 1))
         assert server.ready()
 
 
@@ -414,7 +417,8 @@ def test_a_damaged_model_is_told_and_ranks_again_once_its_file_is_back(
     assert decide()["reason"] == "DEFAULT"
     live.clock = lambda: began + AGAIN_S
     live.refresh()
-    shown = decide()
+    # Of ten one is explored, whichever the hour draws.
+    shown = next(answer for answer in iter(decide, None) if answer["metadata"]["reason"] != "explored")
     assert (shown["reason"], shown["metadata"]["modelVersion"]) == ("TARGETING_MATCH", VERSION)
     assert "detail" not in shown["metadata"] and live.problems == ()
     assert "kaleidoscope_live_problems 0.0" in client.get("/metrics").text
@@ -459,7 +463,7 @@ def test_a_feature_store_that_hangs_is_not_waited_for_and_used_again_once_it_ans
             at[0] += feature_store.PAUSE_S
             assert details(slow + 2) == [TOO_SLOW] * slow + [PAUSED] * 2
         assert store.asked <= READERS
-        assert time.monotonic() < begun + 20, "a dozen waits of 30 ms"
+        assert time.monotonic() < begun + 120, "a dozen waits of 30 ms, and none for the store"
         assert client.get("/readyz").json()["status"] == "ok"
         store.let_go.set()
         at[0] += feature_store.PAUSE_S

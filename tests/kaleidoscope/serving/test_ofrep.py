@@ -139,12 +139,12 @@ def test_who_may_ask(released: FastAPI, client_of: Client, sqlite: Database) -> 
 
 
 def test_too_many_requests_of_one_token_are_429_and_others_go_on(released: FastAPI, client_of: Client) -> None:
-    released.state.decider.pace = Pace(0.5)
+    released.state.decider.pace = Pace(0.01)
     busy, other = client_of("page", Role.CLIENT), client_of("app", Role.CLIENT)
     released.state.decider.live.refresh()
     assert evaluate(busy).status_code == 200
     refused = evaluate(busy, key="another")
-    assert refused.status_code == 429 and 1 <= int(refused.headers["Retry-After"]) <= 2
+    assert refused.status_code == 429 and 50 < int(refused.headers["Retry-After"]) <= 101
     assert evaluate(other).status_code == 200
 
 
@@ -166,22 +166,21 @@ def test_bulk_answers_every_live_scene_and_hides_those_that_show_nothing(
 def address(released: FastAPI, client_of: Client) -> Iterator[tuple[str, str]]:
     """A real server, and a token."""
     token = client_of("page", Role.CLIENT).headers["Authorization"].split()[1]
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(released, host="127.0.0.1", port=port, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}", token
-    server.should_exit = True
-    thread.join(timeout=10)
+    server = uvicorn.Server(uvicorn.Config(released, log_level="error", lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", token
+        server.should_exit = True
+        thread.join(timeout=60)
 
 
 def test_the_python_provider_works_unmodified(address: tuple[str, str]) -> None:
     url, token = address
-    provider = OFREPProvider(url, headers_factory=lambda: {"Authorization": f"Bearer {token}"})
+    provider = OFREPProvider(url, headers_factory=lambda: {"Authorization": f"Bearer {token}"}, timeout=60)
     api.set_provider(provider)
     client = api.get_client()
     context = EvaluationContext(targeting_key="u1", attributes={"age": 30})
@@ -207,7 +206,7 @@ def test_the_javascript_providers_work_unmodified(address: tuple[str, str]) -> N
         pytest.fail("in CI the JavaScript clients must run: `npm ci` in tests/kaleidoscope/serving/clients")
     url, token = address
     run = subprocess.run(
-        [node, "evaluate.mjs", url, token], cwd=CLIENTS, capture_output=True, text=True, timeout=60, check=False
+        [node, "evaluate.mjs", url, token], cwd=CLIENTS, capture_output=True, text=True, timeout=300, check=False
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)

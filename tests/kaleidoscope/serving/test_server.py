@@ -128,19 +128,27 @@ def test_several_processes_answer_and_stop_together(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "kaleidoscope", "serve", "--port", str(port), "--workers", "2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     environment = {name: value for name, value in environment.items() if not name.startswith("KALEIDOSCOPE_")}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with (
+        (tmp_path / "err").open("w") as errors,
+        subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=errors) as process,
+    ):
 
         def ready() -> bool:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=60) as answer:
                     return json.load(answer)["status"] == "ok"
             except OSError:
                 return False
 
-        wait_for("the server", ready)
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == 0
+        try:
+            wait_for("the server", ready)
+            wait_for("both of its processes", lambda: (tmp_path / "err").read_text().count("startup complete") == 2)
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(120)
+        finally:
+            process.kill()
+    said = (tmp_path / "err").read_text()
+    assert code == 0, said
     assert said.count("Started server process") == 2 and said.endswith("Stopped.\n") and "Traceback" not in said
     assert (tmp_path / "kaleidoscope-keys").read_text().count(":") == 1
 
@@ -157,8 +165,8 @@ from kaleidoscope.serving.app import create_app
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("program", [PROGRAM, OF_TWO])
-def test_the_process_ends_though_a_request_is_still_worked_on(program: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("program", "processes"), [(PROGRAM, 1), (OF_TWO, 2)])
+def test_the_process_ends_though_a_request_is_still_worked_on(program: str, processes: int, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -182,7 +190,8 @@ def test_the_process_ends_though_a_request_is_still_worked_on(program: str, tmp_
                 error.close()
 
         try:
-            wait_for("the server", lambda: "startup complete" in (tmp_path / "err").read_text())
+            wait_for("the server", lambda: (tmp_path / "err").read_text().count("startup complete") == processes)
+            wait_for("its port", lambda: answers(port))  # which is opened only after that is said
             asking = threading.Thread(target=ask)
             asking.start()
             wait_for("the request", (tmp_path / "asked").exists)
