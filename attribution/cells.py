@@ -23,6 +23,7 @@ from scipy.sparse import csr_array, hstack
 from attribution.coding import Coded, Segment, UserField
 from attribution.replicates import REPLICATES, mix
 from kaleidoscope.errors import InputError
+from kaleidoscope.files import replacing
 from kaleidoscope.log import Codes, Floats, factorise, sums
 
 EVERYONE = ("", "")  # the user value of a cell that all users are in
@@ -281,8 +282,9 @@ class Cells:
         spread = ((np.stack(without) - np.mean(without, axis=0)) ** 2).sum(axis=0)
         return statistic(whole), np.asarray(np.sqrt((REPLICATES - 1) / REPLICATES * spread))
 
-    def save(self, path: Path | str) -> None:
-        """Write the cells to one Parquet file, with all names as text. What is there stays until it is whole."""
+    def save(self, path: Path | str, *, overwrite: bool = True) -> None:
+        """Write the cells to one Parquet file, with all names as text. What is there stays until it is whole; unless
+        `overwrite`, raises FileExistsError where there is something."""
         path = Path(path)
         parts = []
         for name, named_by in _NAMED_BY.items():
@@ -295,10 +297,11 @@ class Cells:
         about = {key: getattr(self, key) for key in (*_NAMES, "clipped")}
         about |= {"version": VERSION, "definitions": asdict(self.definitions)}
         whole = pa.concat_tables(parts).unify_dictionaries()
-        unfinished = path.with_name(f"{path.name}.part")
         whole = whole.replace_schema_metadata({_METADATA: json.dumps(about)})
-        pq.write_table(whole, unfinished, compression="zstd", write_page_checksum=True)
-        unfinished.replace(path)
+        with replacing(path) as new:
+            pq.write_table(whole, new, compression="zstd", write_page_checksum=True)
+            if not overwrite:
+                path.open("xb").close()  # nobody else's, from now on
 
     @classmethod
     def load(cls, path: Path | str) -> Cells:

@@ -13,22 +13,12 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from attribution.bucket_comparison import (
-    Balance,
-    BucketLift,
-    Concentration,
-    Direction,
-    Exposures,
-    Measured,
-    Moved,
-    Products,
-    Slice,
-    Split,
-    Trend,
-    VariantCtr,
-    joined,
-)
+from attribution import bucket_balance, lift_trends, variant_lifts
+from attribution.bucket_balance import Balance, BucketLift, Moved, Products
+from attribution.bucket_comparison import Exposures, Measured, joined
 from attribution.contrasts import holm
+from attribution.lift_trends import Direction, Slice, Trend
+from attribution.variant_lifts import Concentration, Split, VariantCtr
 from kaleidoscope import experiment
 from kaleidoscope.log import Codes, Log, sums
 from kaleidoscope.vocabulary import Bucket
@@ -155,7 +145,7 @@ def _fatigue(e: Exposures) -> Fatigue:
     found: list[Trend] = []
     for bucket in (name for name in e.buckets if name != e.control):
         for over in ("time", "exposures"):
-            trend = e.trend(bucket, over)
+            trend = lift_trends.trend(e, bucket, over)
             if isinstance(trend, str):
                 missing[f"{bucket} over {over}"] = trend
             else:
@@ -225,21 +215,21 @@ def _other_causes(e: Exposures, shares: Mapping[str, float] | None, lack_of_time
             "The log names no unit: errors are too small where people come back, whether the buckets held the same"
             " people is not tested, and who was in several is not known. Name the user's column in `unit`."
         )
-    first = e.first_exposures()
-    split_p = e.split_p(first)
+    first = bucket_balance.first_exposures(e)
+    split_p = bucket_balance.split_p(e, first)
     ratio = _sample_ratio(e, first, shares)
     if ratio is None:
         missing["sample_ratio"] = (
             "The log does not say which share of the units each bucket was to get. Give the designed shares."
         )
     changed = split_p is not None and split_p < experiment.SRM_ALPHA
-    compared = e.balance(first, hours=True)
+    compared = bucket_balance.balance(e, first, hours=True)
     if not e.log.schema.user and not e.log.schema.context:
         missing["balance"] = (
             "The log has no user or context features: whether the buckets held the same people is not known. Name"
             " their columns in `user` and `context`."
         )
-    products = e.products()
+    products = bucket_balance.products(e)
     if products is None:
         missing["products"] = (
             "The log has no product: whether all buckets offered the same is not known. Name the column in `product`."
@@ -257,10 +247,10 @@ def _other_causes(e: Exposures, shares: Mapping[str, float] | None, lack_of_time
         p = next(left)
         products = replace(products, p_adjusted=p, held_fixed=p > ALPHA)
     balance = tuple(sorted(compared, key=lambda b: (b.p_adjusted is None, b.p_value)))
-    moved = e.moved()
+    moved = bucket_balance.moved(e)
     uneven = [b for b in balance if b.p_adjusted is not None and b.p_adjusted <= ALPHA]
     worst = next((b.feature for b in uneven if b.role != "time"), None)
-    lifts, unknown = e.lifts(worst)
+    lifts, unknown = bucket_balance.lifts(e, worst)
     missing |= unknown
     wrong = []
     if ratio is not None and ratio.flagged:
@@ -379,14 +369,14 @@ def _eye_catching(e: Exposures) -> EyeCatching:
             "The log has no propensities: what the model's bucket drew at random counts as chosen. Name the column in"
             " `propensity`."
         )
-    variants, targeting, timed = e.variants()
+    variants, targeting, timed = variant_lifts.variants(e)
     if not timed:
         missing["time"] = (
             "The random bucket has too few clicks in the model's time, or times are not known: variants at random are"
             " taken as they did whenever it ran."
         )
-    split = e.split()
-    concentration = e.concentration(None if isinstance(split, str) else split.lift)
+    split = variant_lifts.split(e)
+    concentration = variant_lifts.concentration(e, None if isinstance(split, str) else split.lift)
     if isinstance(split, str):
         missing["split"] = split
         sentences = _variant_sentences(variants, targeting, concentration, timed=timed)

@@ -18,7 +18,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -45,6 +44,7 @@ from sqlalchemy.engine import Connection
 from kaleidoscope.database import Database
 from kaleidoscope.decision_record import DecisionRecord, Keyring, Reason, TokenClaims, TokenError
 from kaleidoscope.errors import InputError, TooLargeError, UnavailableError
+from kaleidoscope.files import make_folder, sync
 from kaleidoscope.release import ReleaseContent
 from kaleidoscope.scenes import AttributionSpec
 from kaleidoscope.tables import ClosedDays, Decision, Event, EventCount, LogPart
@@ -864,28 +864,13 @@ def compact(
 def _alone(folder: Path, business: str) -> Iterator[None]:
     """Only one process changes the files of a business; a process that dies lets go."""
     inside = folder / business
-    _make_folder(inside)
+    make_folder(inside)
     with (inside / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UnavailableError(f"{inside}: another process is changing the log's files. Try again later.") from None
         yield
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _manifest(connection: Connection, business: str, scene: str | None = None) -> list[sa.Row[Any]]:
@@ -969,17 +954,17 @@ def _part(business: str, scene: str, day: str, generation: int) -> str:
 def _write(duck: duckdb.DuckDBPyConnection, query: str, file: Path) -> int:
     """Write what a query finds to a file that is there as a whole, and on disk, or not at all; without rows there is
     none. Return the number of rows."""
-    _make_folder(file.parent)
+    make_folder(file.parent)
     unfinished = file.with_name(file.name + ".unfinished")
     target = str(unfinished).replace("'", "''")
     written = duck.execute(f"COPY ({query}) TO '{target}' (FORMAT parquet, COMPRESSION zstd)").fetchone()
     rows = 0 if written is None else int(written[0])
     if rows:
-        _sync(unfinished)
+        sync(unfinished)
         unfinished.replace(file)
     else:
         unfinished.unlink()
-    _sync(file.parent)
+    sync(file.parent)
     return rows
 
 
@@ -1111,7 +1096,7 @@ def contract_log(
     """
     if label not in ("click", "conversion"):
         raise InputError(f"label: {label!r} is no outcome. Take click or conversion.")
-    _make_folder(out)
+    make_folder(out)
 
     def write() -> ContractLog:
         with open_exposures(

@@ -49,6 +49,7 @@ from kaleidoscope.database import Database, check_id
 from kaleidoscope.decision_record import Value
 from kaleidoscope.errors import InputError, JobError, KaleidoscopeError, NotFoundError, UnavailableError
 from kaleidoscope.events import DAY_US, Kind, open_exposures, to_us
+from kaleidoscope.files import json_text, replacing
 from kaleidoscope.settings import Settings
 from kaleidoscope.tables import Decision, Event, LogPart
 
@@ -984,23 +985,18 @@ def _state(home: Path) -> dict[str, Any]:
 
 
 def _save(home: Path, state: Mapping[str, Any]) -> None:
-    _replace(home / "state.json", lambda path: path.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8"))
+    _replace(home / "state.json", lambda path: path.write_text(json_text(state), encoding="utf-8"))
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file: all of it is there afterwards, or what was there before."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(beside)
-        with beside.open("rb") as stream:
-            os.fsync(stream.fileno())
-        beside.replace(path)
+        with replacing(path) as new:
+            write(new)
     except (OSError, duckdb.IOException) as error:
         raise JobError(
             f"{path}: cannot be written ({error}). Free some space, or check who may write there."
         ) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -6,9 +6,7 @@ Nothing of an upload reaches the disk as it came: no metadata, no second format 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import secrets
 import threading
 import warnings
 from io import BytesIO
@@ -20,6 +18,7 @@ import PIL.ImageOps
 from kaleidoscope.content import MAX_SIDE_PX, Image, parse_content
 from kaleidoscope.database import check_id
 from kaleidoscope.errors import InputError, TooLargeError
+from kaleidoscope.files import make_folder, replacing
 
 MAX_BYTES = 10 * 2**20
 MAX_PIXELS = 25_000_000
@@ -190,21 +189,9 @@ def _encode(picture: PIL.Image.Image, format_: str, *, lossless: bool) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Put the file there whole, or not at all; it outlives a power cut once this returns."""
+    """Put the file there, unless it is there already."""
     if path.is_file() and path.stat().st_size == len(data):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with unfinished.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    make_folder(path.parent)
+    with replacing(path) as new:
+        new.write_bytes(data)

@@ -29,6 +29,7 @@ from typing import Any
 from kaleidoscope.access import Caller
 from kaleidoscope.database import Session
 from kaleidoscope.errors import ConflictError, InputError, JobError, KaleidoscopeError, NotFoundError
+from kaleidoscope.files import json_text, replacing
 from kaleidoscope.ranker import SIGNATURE, Ranker
 from kaleidoscope.release import ReleasePlan
 from kaleidoscope.review import approval_holds
@@ -295,22 +296,12 @@ def _json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def json_text(value: object) -> str:
-    """The one text of a file of ours; ValueError for NaN: unknown is null."""
-    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-
-
 def write_file(path: Path, text: str) -> None:
     """Write a file: all of it is there afterwards, even if the machine loses power, or what was there before."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with beside.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(path)
+        with replacing(path) as new:
+            new.write_text(text, encoding="utf-8")
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise JobError(
             f"{path}: cannot be written ({error}). Free some space, or check who may write there."
         ) from error

@@ -20,8 +20,9 @@ from attribution.analysis import Analysis, analyse
 from attribution.report import render
 from kaleidoscope.access import operator
 from kaleidoscope.commands.exposures import Exposures, existing_database, read_exposures_of
-from kaleidoscope.commands.output import Clock, json_text, make_folder, write_whole
+from kaleidoscope.commands.output import Clock, make_folder, write_whole
 from kaleidoscope.errors import InputError, NotFoundError
+from kaleidoscope.files import json_text
 from kaleidoscope.log import read_log
 from kaleidoscope.log_schema import read_schema
 from kaleidoscope.portraits import PortraitCell, PortraitRun, csv_cell, store_portrait

@@ -6,7 +6,6 @@ build: (earlier cells) → one pass over each log → cells in one file; show: c
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
@@ -137,22 +136,12 @@ def _require(add: Path | None, earlier: Cells, period: str | None, *, pairs: boo
 
 
 def _write(cells: Cells, out: Path, *, overwrite: bool) -> None:
-    """Beside its place, then there: what is there stays until the new file is whole and on the disk."""
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        cells.save(beside)
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        if not overwrite:
-            out.open("xb").close()  # nobody else's, from now on
-        beside.replace(out)
+        cells.save(out, overwrite=overwrite)
     except FileExistsError:
         raise InputError(_there(out, None)) from None
     except OSError as error:
         raise JobError(f"{out}: cannot be written: {error}; name another file with --out") from error
-    finally:
-        for path in (beside, beside.with_name(f"{beside.name}.part")):
-            path.unlink(missing_ok=True)
 
 
 # ── show ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from attribution.insights import Attribution, attribute
-from kaleidoscope.commands.output import Clock, json_text, make_folder, write_whole
+from kaleidoscope.commands.output import Clock, make_folder, write_whole
 from kaleidoscope.commands.report import Evidence, render_report
 from kaleidoscope.encoding import Encoder
 from kaleidoscope.errors import LogError
 from kaleidoscope.exposure import Independence, Srm, Support, exposure_independence, logging_policy, srm
+from kaleidoscope.files import json_text
 from kaleidoscope.log import Check, Log, read_log
 from kaleidoscope.log_schema import LogSchema, read_schema
 from kaleidoscope.policy_value import (

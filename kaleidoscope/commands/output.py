@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from kaleidoscope.errors import JobError
+from kaleidoscope.files import replacing
 from kaleidoscope.progress import Progress
 
 
@@ -26,21 +26,12 @@ def make_folder(out_dir: Path) -> None:
 
 def write_whole(out_dir: Path, texts: Mapping[str, str]) -> None:
     """Write files (name → text) beside their places, then move all: a full disk leaves what was there as it was."""
-    beside = {name: out_dir / f".{name}.{os.getpid()}" for name in texts}
     try:
-        for name, text in texts.items():
-            beside[name].write_text(text, encoding="utf-8")
-        for name in texts:
-            beside[name].replace(out_dir / name)
+        with ExitStack() as stack:
+            for name, text in texts.items():
+                stack.enter_context(replacing(out_dir / name)).write_text(text, encoding="utf-8")
     except OSError as error:
-        for path in beside.values():
-            path.unlink(missing_ok=True)
         raise JobError(f"{out_dir}: the report cannot be written there: {error}") from error
-
-
-def json_text(value: object) -> str:
-    """As summary.json holds it. Raises ValueError for a number that JSON lacks."""
-    return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 class Clock:

@@ -33,6 +33,7 @@ from kaleidoscope.commands.output import Clock
 from kaleidoscope.encoding import Encoder
 from kaleidoscope.errors import InputError, JobError
 from kaleidoscope.exposure import Support, logging_policy
+from kaleidoscope.files import json_text
 from kaleidoscope.log import Log
 from kaleidoscope.policy_value import LoggedRows, Weighting, choose_weighting, greedy, policy_weights
 from kaleidoscope.progress import Progress
@@ -454,8 +455,8 @@ def _export(
             made.contest, made.fresh, made.champion, made.curve, latency, problems=made.problems, limits=limits
         )  # fmt: skip
         document |= {"features": _features(signature), "timings_s": dict(clock.seconds)}
-        registry.write_file(folder / TRAINED, registry.json_text(document))
-        registry.write_file(folder / GATE, registry.json_text(report.as_dict()))
+        registry.write_file(folder / TRAINED, json_text(document))
+        registry.write_file(folder / GATE, json_text(report.as_dict()))
         for name, text in pictures(report, made.curve).items():
             registry.write_file(folder / name, text)
         folder.rename(home / version)

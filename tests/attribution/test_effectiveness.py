@@ -19,6 +19,8 @@ from scipy.special import expit
 from attribution.bucket_comparison import Exposures
 from attribution.contrasts import mantel_haenszel
 from attribution.effectiveness import Direction, Effectiveness, Judgement, Measured, effectiveness
+from attribution.lift_trends import nth
+from attribution.variant_lifts import chosen_rows
 from kaleidoscope.experiment import ArmSums, lift
 from kaleidoscope.log import Log, densify
 from kaleidoscope.simulation import Exposures as Memory
@@ -140,10 +142,10 @@ def test_nth_exposures_are_counted_over_all_buckets_since_both_were_shown() -> N
     exposures = Exposures.of(log, "control")
     window = exposures.window("random", "control")
     assert window is not None and log.time is not None and log.unit is not None
-    nth = exposures.nth(window)
+    place = nth(exposures, window)
     for u in (3, 50, 200):
         rows = np.flatnonzero((exposures.unit == u) & (log.time >= window.start))
-        assert nth[rows[np.argsort(log.time[rows])]].tolist() == list(range(1, len(rows) + 1))
+        assert place[rows[np.argsort(log.time[rows])]].tolist() == list(range(1, len(rows) + 1))
 
 
 def simulated(tires: float) -> Log:
@@ -297,7 +299,7 @@ def test_what_the_model_drew_at_random_does_not_count_as_chosen() -> None:
     log = drawn(15, taste=0.6)
     assert log.bucket is not None and log.propensity is not None
     exposures = Exposures.of(log, "control")
-    chosen = exposures.chosen()
+    chosen = chosen_rows(exposures)
     assert (log.bucket[chosen] == 1).all() and (log.propensity[chosen] > 0.5).all()
     assert len(chosen) == ((log.bucket == 1) & (log.propensity > 0.5)).sum()
     without = effectiveness(replace(log, propensity=None)).eye_catching

@@ -269,7 +269,7 @@ def test_nothing_half_written_stays_behind(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kaleidoscope.images.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         store_image(tmp_path, "acme", encoded("PNG"))
     assert files(tmp_path) == []
