@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -63,7 +64,7 @@ class PortraitRun:
 
     @property
     def run_hash(self) -> str:
-        """The same for the same log analysed in the same way."""
+        """The same for the same log analysed in the same way by the same version."""
         facts = {
             "log": self.log_hash,
             "taxonomy": self.taxonomy,
@@ -74,6 +75,7 @@ class PortraitRun:
             "buckets": sorted(self.buckets),
             "methods": sorted(self.methods),
             "seed": self.seed,
+            "version": version("kaleidoscope"),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

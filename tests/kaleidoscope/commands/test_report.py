@@ -7,7 +7,6 @@ import re
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 from kaleidoscope import advice
 from kaleidoscope.commands.report import Evidence, render_report
 from kaleidoscope.vocabulary import Policy, Verdict
+from tests.html_page import Page
 
 
 def value(rate: float, half_width: float) -> dict[str, float]:
@@ -83,43 +83,6 @@ NOTHING = SUMMARY | {
 NO_EVIDENCE = replace(
     EVIDENCE, calibration=[], other_estimators={}, support={}, user_columns=[], context_columns=[], variant_columns=[]
 )
-
-
-class Page(HTMLParser):
-    """The elements of a page with their attributes, its text, and whether every element that opens also closes."""
-
-    VOID = frozenset({"meta", "br", "link"})
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self._open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self._open or self._open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.words).replace("\u00a0", " ").split())
-
-    def count(self, tag: str) -> int:
-        return sum(name == tag for name, _ in self.elements)
 
 
 @cache
