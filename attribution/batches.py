@@ -110,7 +110,7 @@ class Texts:
     @classmethod
     def of(cls, database: duckdb.DuckDBPyConnection, sql: str) -> Texts:
         """Of a column of view `sample`."""
-        query = f"SELECT {sql} AS t FROM sample GROUP BY t ORDER BY count(*) DESC, t LIMIT {LARGEST}"
+        query = f"SELECT {sql} FROM sample GROUP BY 1 ORDER BY count(*) DESC, 1 LIMIT {LARGEST}"
         found = [row[0] for row in database.execute(query).fetchall()]
         return cls(sql, ["", *(text for text in found if text)])
 
@@ -220,6 +220,7 @@ class Plan:
             return f"CAST({contract.sql_name(name)} AS VARCHAR)"
 
         with duckdb.connect() as database:
+            database.execute("SET TimeZone = 'UTC'")  # as the log's own has: texts of times are the same in both
             database.register("sample", sample)
             dimensions = []
             for name in schema.variant:

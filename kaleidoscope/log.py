@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,6 +48,12 @@ IMPOSSIBLE = 2.0  # times as many variants as there are: what mean(1/propensity)
 LEAST_PROPENSITY = 1e-12  # nothing is drawn that seldom, and 1/p has to stay a number that can be squared
 MOST_IMPRESSIONS = 1e15  # whole numbers beyond are no longer exact
 DATE = r"([0-9]{4}-[0-9]{1,2}-[0-9]{1,2}|[0-9]{1,2}[./][0-9]{1,2}[./][0-9]{2,4})([T ].*)?"
+DAY_OR_MONTH = r"\s*[0-9]{1,2}[./-][0-9]{1,2}[./-][0-9]{2,4}\b.*"  # 02/03/2026
+DECIMAL_COMMA = r"[+-]?[0-9]+,[0-9]+"
+SECONDS = 1e8, 1e10  # since 1970, of a number that is a moment: 1973 to 2286
+FINER_UNITS = {"milliseconds": 1e3, "microseconds": 1e6, "nanoseconds": 1e9}  # of a second; told by digits: 13, 16, 19
+TEN_DIGITS = 1e9, 1e10  # a moment in seconds; 12 or 14 digits may be dates (202610011200) and are nobody's milliseconds
+ONLY = 1 - 1e-6  # the propensity of what alone could be shown
 PEEKED_BYTES = 1 << 16  # of a file, to see what it is
 
 
@@ -243,7 +250,10 @@ def read_log(path: Path | str, schema: LogSchema) -> Log:
         problems.notes += _nested(schema, types)
         n = len(row_hash)
         if n == 0:
-            raise LogError(f"{path}: has a header but no rows. Export the log again, with its exposures.")
+            has = "a header" if is_csv(path) else "columns"
+            raise LogError(f"{path}: has {has} but no rows. Export the log again, with its exposures.")
+        if schema.time is not None:
+            problems.notes += _time_units(schema.time, types[schema.time], columns["time", schema.time], database)
         untyped = set(schema.columns) if is_csv(path) else {name for name in schema.columns if _is_wide(types[name])}
         log = _assemble(path, schema, columns, problems, n, untyped)
         problems.raise_if_any()
@@ -266,13 +276,25 @@ def sql_text(value: object) -> str:
 
 
 @contextmanager
-def open_log(path: Path, schema: LogSchema) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A DuckDB connection with the file as view `log` that can reach nothing but the file. A CSV is first turned into
-    Parquet text columns (types are then read off all values, not off a sample)."""
+def open_log(
+    path: Path, schema: LogSchema, *, only: Sequence[Path] | None = None
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A DuckDB connection with the file as view `log` that can reach nothing but the file (`only`: these of a folder).
+
+    A CSV is first turned into Parquet text columns (types are then read off all values, not off a sample). The time
+    zone is UTC, whatever the machine's is.
+    """
     if not path.exists():
         raise LogError(f"{path}: there is no such file or folder.")
     files = sorted(p for p in path.rglob("*.parquet") if p.is_file()) if path.is_dir() else [path]
+    files = files if only is None else list(only)
     if not files:
+        texts = sum(is_csv(p) for p in path.rglob("*"))
+        if texts:
+            raise LogError(
+                f"{path}: the folder holds {texts:,} CSV file{'s' * (texts > 1)} and no .parquet file. Only Parquet is"
+                " read from a folder: give one CSV file, with all the rows under one header line."
+            )
         raise LogError(f"{path}: the folder holds no .parquet file. Give a folder of Parquet files, or one file.")
     if not is_csv(path) and files[0].suffix.lower() not in (".parquet", ".pq"):
         raise LogError(f"{path}: unknown kind of file. Give .parquet, .csv, .csv.gz or a folder of .parquet files.")
@@ -291,6 +313,7 @@ def open_log(path: Path, schema: LogSchema) -> Iterator[duckdb.DuckDBPyConnectio
             },
         )
         try:
+            database.execute("SET TimeZone = 'UTC'")
             paths = ", ".join(sql_text(glob.escape(str(f.absolute()))) for f in files)
             allowed = ", ".join(sql_text(f) for f in {str(f.absolute().parent) for f in files} | {scratch})
             database.execute(f"SET allowed_directories = [{allowed}]")
@@ -615,17 +638,70 @@ def _load(
 
 
 def number_sql(name: str, kind: str, *, time: bool) -> str:
-    """SQL of a column of type `kind` as DOUBLE: NULL where a value is missing, NaN where it is not a number."""
+    """SQL of a column of type `kind` as DOUBLE: NULL where a value is missing, NaN where it is not a number.
+
+    A `time` is in seconds since 1970: of dates (without an offset they are of the session's time zone, UTC) and of
+    numbers in FINER_UNITS; other numbers are as they are.
+    """
     column = sql_name(name)
     if kind.split("(")[0] in _NUMBERS:
-        return f"CAST({column} AS DOUBLE)"
+        return _seconds(f"CAST({column} AS DOUBLE)") if time else f"CAST({column} AS DOUBLE)"
     if time and kind.startswith(("TIMESTAMP", "DATE")):
         return f"epoch(CAST({column} AS TIMESTAMP))"
     text = f"nullif(trim(CAST({column} AS VARCHAR)), '')"
     number = f"CASE lower({text}) WHEN 'true' THEN 1 WHEN 'false' THEN 0 ELSE TRY_CAST({text} AS DOUBLE) END"
     if time:
-        number = f"coalesce(TRY_CAST({text} AS DOUBLE), epoch(TRY_CAST({text} AS TIMESTAMP)))"
+        number = f"coalesce({_seconds(f'TRY_CAST({text} AS DOUBLE)')}, epoch(TRY_CAST({text} AS TIMESTAMPTZ)))"
     return f"CASE WHEN {text} IS NOT NULL THEN coalesce({number}, 'nan'::DOUBLE) END"
+
+
+def _seconds(number: str) -> str:
+    """SQL of a number, in seconds where it is in one of FINER_UNITS."""
+    low, high = TEN_DIGITS
+    finer = (
+        f"WHEN {number} >= {low * per} AND {number} < {high * per} THEN {number} / {per}"
+        for per in FINER_UNITS.values()
+    )
+    return f"CASE {' '.join(finer)} ELSE {number} END"
+
+
+def _time_units(name: str, kind: str, seconds: pa.Array, database: duckdb.DuckDBPyConnection) -> Iterator[Check]:
+    """What a column's numbers were taken for, where they are not all seconds; `seconds` are its times as read."""
+    if kind.startswith(("TIMESTAMP", "DATE")):
+        return
+    text = sql_name(name) if kind.split("(")[0] in _NUMBERS else f"trim(CAST({sql_name(name)} AS VARCHAR))"
+    number = f"TRY_CAST({text} AS DOUBLE)"
+    ranges = {unit: (TEN_DIGITS[0] * per, TEN_DIGITS[1] * per) for unit, per in FINER_UNITS.items()}
+    ways = {
+        f"{unit} since 1970": f"x >= {low} AND x < {high}"
+        for unit, (low, high) in ({"seconds": SECONDS} | ranges).items()
+    }
+    counts = ", ".join(f"count(*) FILTER ({is_so})" for is_so in ways.values())
+    other = f"isfinite(x) AND NOT ({' OR '.join(ways.values())})"
+    query = f"SELECT {counts}, count(*) FILTER ({other}), min(x) FILTER ({other}) FROM (SELECT {number} AS x FROM log)"
+    *found, example = database.execute(query).fetchall()[0]
+    known = pc.drop_null(pc.if_else(pc.is_finite(seconds), seconds, None))
+    rows = dict(zip((*ways, "other numbers"), found, strict=True)) | {"dates": len(known) - sum(found)}
+    rows = {way: n for way, n in rows.items() if n > 0}
+    column, remedy = f"column {name!r} (`time`)", "write times like 2026-10-01T05:00:00Z, or as seconds since 1970."
+    if len(rows) > 1:
+        listed = ", ".join(f"{way} ({n:,})" for way, n in rows.items())
+        message = (
+            f"{column}: times are written in several ways, by rows: {listed}. Each is read as what it looks like, and"
+            f" other numbers as seconds since 1970: {remedy}"
+        )
+        yield Check("time_unit", Level.WARNING, message)
+    elif "other numbers" in rows:
+        message = (
+            f"{column}: numbers such as {example:.15g} are no seconds, milliseconds, microseconds or nanoseconds since"
+            f" 1970: they say which exposure came first, and no date. If they are dates, {remedy}"
+        )
+        yield Check("time_unit", Level.INFO, message)
+    elif rows.keys() & {f"{unit} since 1970" for unit in FINER_UNITS}:
+        ends = pc.min_max(known).as_py()
+        first, last = (datetime.fromtimestamp(ends[end], UTC).isoformat(timespec="seconds") for end in ("min", "max"))
+        message = f"{column}: its numbers are read as {next(iter(rows))}, from {first} to {last}. If not so, {remedy}"
+        yield Check("time_unit", Level.INFO, message)
 
 
 def _feature_sql(name: str, kind: str) -> str:
@@ -653,11 +729,17 @@ class _Problems:
         total = int(bad.sum())
         if total:
             row = int(np.argmax(bad))
-            fetched = self.database.execute(f"SELECT {sql_name(column)} FROM log LIMIT 1 OFFSET {row}").fetchone()
-            example = "missing" if fetched is None or fetched[0] is None else repr(fetched[0])
-            rows = f"{total:,} row{'s' if total > 1 else ''}, first data row {row + 1:,} ({example})"
+            value = self.value(column, row)
+            comma = isinstance(value, str) and re.fullmatch(DECIMAL_COMMA, value.strip())
+            remedy = f"Write decimals with a point, {value.strip().replace(',', '.')}. {remedy}" if comma else remedy
+            rows = f"{total:,} row{'s' if total > 1 else ''}, first data row {row + 1:,} ({_shown(value)})"
             self.found.append(f"{self.path}: column {column!r}: {what} in {rows}. {remedy}")
         return total > 0
+
+    def value(self, column: str, row: int) -> Any:
+        """What the file holds there."""
+        fetched = self.database.execute(f"SELECT {sql_name(column)} FROM log LIMIT 1 OFFSET {row}").fetchone()
+        return None if fetched is None else fetched[0]
 
     def whole(self, column: str, what: str, remedy: str) -> None:
         """Reports a problem of the column as a whole."""
@@ -667,6 +749,10 @@ class _Problems:
         """Raises one LogError with all problems, one per line."""
         if self.found:
             raise LogError("\n".join(self.found))
+
+
+def _shown(value: Any) -> str:
+    return "missing" if value is None else repr(value)
 
 
 def _assemble(
@@ -690,15 +776,18 @@ def _assemble(
     propensity = numbers.get("propensity")
     if schema.propensity is not None and propensity is not None:
         remedy = "Log P(variant | what was known) with every exposure, or set `propensity: null` to have it estimated."
-        problems.rows(~((propensity > 0) & (propensity <= 1)), schema.propensity, "propensity outside (0, 1]", remedy)
+        empty = columns["propensity", schema.propensity].is_null().to_numpy(zero_copy_only=False)
+        no_number = np.isnan(propensity) & ~empty
+        problems.rows(no_number, schema.propensity, "propensity is no number", remedy)
+        outside = ~no_number & ~((propensity > 0) & (propensity <= 1))
+        problems.rows(outside, schema.propensity, "propensity outside (0, 1]", remedy)
         remedy = "No choice is that rare: see whether the column holds something else, or drop these rows."
         tiny = (propensity > 0) & (propensity < LEAST_PROPENSITY)
         problems.rows(tiny, schema.propensity, f"propensity below {LEAST_PROPENSITY:g}", remedy)
     time = numbers.get("time")
     if schema.time is not None and time is not None and not np.isfinite(time).all():
         time = np.where(np.isfinite(time), time, np.nan)
-        message = f"column {schema.time!r}: {int(np.isnan(time).sum()):,} rows have no time that can be read."
-        problems.notes.append(Check("time_unreadable", Level.WARNING, message))
+        problems.notes.append(_unreadable_times(schema.time, time, columns["time", schema.time], problems))
     variant, variants = _variants(schema, columns, problems)
     unit = _units(schema, columns, problems)
     named: dict[str, tuple[pa.Array | None, Codes | None]] = {}
@@ -713,6 +802,7 @@ def _assemble(
     features = {name: columns[role, name] for role in ("user", "context") for name in schema.role(role)}
     features = {name: _typed(column) if name in untyped else column for name, column in features.items()}
     features = {name: _finite(column, name, problems) for name, column in features.items()}
+    problems.notes += _decimal_commas(features)
     group = named["group"][1]
     _comparable(schema, variant, variants, group, problems)
     log = Log(
@@ -737,6 +827,36 @@ def _assemble(
         file_rows=n,
     )
     return replace(log if schema.label is not None else log.take(row), reward=reward, count=count)
+
+
+def _unreadable_times(name: str, time: Floats, column: pa.Array, problems: _Problems) -> Check:
+    """That rows have no time (NaN), how many of them are empty, and the first that is not."""
+    bad, empty = np.isnan(time), column.is_null().to_numpy(zero_copy_only=False)
+    row = int(np.argmax(bad & ~empty)) if (bad & ~empty).any() else int(np.argmax(bad))
+    total, gaps, value = int(bad.sum()), int(empty.sum()), problems.value(name, row)
+    rows = f"{total:,} row{'s' * (total > 1)}{f' ({gaps:,} of them empty)' if 0 < gaps < total else ''}"
+    message = (
+        f"column {name!r} (`time`): no time can be read in {rows}, first data row {row + 1:,} ({_shown(value)}); these"
+        " exposures have none. Write times like 2026-10-01T05:00:00Z (UTC where no offset is given), or as seconds"
+        f" since 1970.{' Which number is the month nobody can tell.' * bool(re.fullmatch(DAY_OR_MONTH, str(value)))}"
+    )
+    return Check("time_unreadable", Level.WARNING, message)
+
+
+def _decimal_commas(features: Mapping[str, pa.Array]) -> Iterator[Check]:
+    """Features that would be numbers, were decimals written with a point."""
+    for name, column in features.items():
+        if not pa.types.is_dictionary(column.type) or not len(column.dictionary):
+            continue
+        texts = pc.utf8_trim_whitespace(column.dictionary)
+        comma = pc.match_substring_regex(texts, f"^{DECIMAL_COMMA}$")
+        if pc.any(comma).as_py() and pc.all(pc.or_(comma, pc.match_substring_regex(texts, f"^{NUMBER}$"))).as_py():
+            example = texts[pc.index(comma, True).as_py()].as_py()
+            message = (
+                f"column {name!r}: numbers with a comma, such as {example!r}, are taken as text, each as a value of its"
+                f" own. Write decimals with a point, {example.replace(',', '.')}."
+            )
+            yield Check("decimal_comma", Level.WARNING, message)
 
 
 _NUMBER_ROLES = ("label", "clicks", "impressions", "propensity", "weight", "time")
@@ -968,9 +1088,8 @@ def _warnings(log: Log, duplicates: int) -> list[Check]:
                 " come back, `unit` should be the user's id, not the exposure's.",
             )
         if log.n_units < FEW_UNITS:
-            warn(
-                "few_units", f"only {log.n_units} units: folds and intervals by unit are unreliable below {FEW_UNITS}."
-            )
+            only = f"{log.n_units} unit{'s' * (log.n_units != 1)}"
+            warn("few_units", f"only {only}: folds and intervals by unit are unreliable below {FEW_UNITS}.")
     for name, column in log.columns.items():
         role = "user" if name in schema.user else "context"
         distinct = int(pc.count_distinct(column.indices if pa.types.is_dictionary(column.type) else column).as_py())
@@ -1043,39 +1162,105 @@ def _varying(log: Log) -> list[Check]:
     return checks
 
 
+@dataclass(frozen=True)
+class _Inverse:
+    """mean(1/propensity) of a log, and what it may be: the variants seen, by finer and by coarser cells, and unseen."""
+
+    mean: float
+    se: float  # by unit
+    low: float
+    high: float
+    most: float
+
+    @property
+    def margin(self) -> float:
+        """3 standard errors, and 1 %: logged propensities are rounded."""
+        return 3 * self.se + 0.01 * self.high
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is what variants could be shown."""
+        return self.low - self.margin <= self.mean <= self.most + self.margin
+
+    def __str__(self) -> str:
+        wanted = f"{self.high:.4g}" if self.high - self.low < 0.01 * self.high else f"{self.low:.4g} to {self.high:.4g}"
+        return f"{self.mean:.4g} (se {self.se:.2g}), but {wanted} variant{'s' * (wanted != '1')} could be shown"
+
+
 def _propensity_mean(log: Log) -> list[Check]:
     """mean(1/propensity) against the number of eligible variants, 3 standard errors by unit.
 
-    E[1/propensity] is the number of variants that could be shown, averaged over rows: of those seen in the row's group
-    and context, plus those that chance kept from being seen there (Chao 1984, doi:10.2307/4615964, at most doubled).
+    E[1/propensity] is the number of variants that could be shown, averaged over rows: of those that the row's policy
+    (its bucket) was seen to show in the row's group and context, plus those that chance kept from being seen there
+    (Chao 1984, doi:10.2307/4615964, at most doubled). A control bucket shows one: counted with the others it would seem
+    to lack them.
     """
     if log.propensity is None:
         return []
-    inverse = log.count / log.propensity
-    total = log.count.sum()
-    mean = float(inverse.sum() / total)
-    residual = (inverse - mean * log.count) / total
-    if log.unit is not None:
-        se = float(np.sqrt((np.bincount(log.unit, residual) ** 2).sum()))
-    else:
-        se = float(np.sqrt((log.count * (1 / log.propensity - mean) ** 2).sum()) / total)
-    cells = log.cells(log.schema.context)
-    scene = combine([log.group], len(log)) if log.group is not None else np.zeros(len(log), np.int64)
-    low, unseen_low = _variants_seen(cells, log)
-    high, unseen_high = _variants_seen(scene, log)
-    margin = 3 * se + 0.01 * high  # logged propensities are rounded
-    if min(low, high) - margin <= mean <= max(low + unseen_low, high + unseen_high) + margin:
+    found = _inverse(log, _policies(log))
+    if found.fits:
         return []
     message = (
-        f"column {log.schema.propensity!r}: mean(1/propensity) is {mean:.4g} (se {se:.2g}), but {high:.4g} variants"
-        " could be shown. A propensity is the probability of the variant that was shown, given all the choice knew."
+        f"column {log.schema.propensity!r} (the propensities): mean(1/propensity) is {found}. A propensity is the"
+        " probability of the variant that was shown, given all the choice knew, the bucket included."
     )
-    if mean - margin > IMPOSSIBLE * max(low + unseen_low, high + unseen_high):
+    if log.bucket is not None and log.buckets is not None and len(log.buckets) > 1:
+        parts = {str(name): _inverse(part, _policies(part)) for name, part in _by_bucket(log)}
+        apart = [f"in bucket {name!r} it is {part}" for name, part in parts.items() if not part.fits][:3]
+        message += f" By buckets, {'; '.join(apart)}." if apart else ""
+    elif log.bucket is None and found.mean < found.low:
+        message += " If a bucket showed everybody one variant, name the column of the bucket in `bucket`."
+    if found.mean - found.margin > IMPOSSIBLE * found.most:
         message += (
             " These are none, and values that rest on them mean nothing: correct them, or set `propensity: null`."
         )
         return [Check("propensity_mean", Level.ERROR, message)]
+    message += (
+        " Log the probability with which the choice was drawn, neither capped nor guessed, or set `propensity: null`."
+    )
     return [Check("propensity_mean", Level.WARNING, message)]
+
+
+def _by_bucket(log: Log) -> Iterator[tuple[Any, Log]]:
+    assert log.bucket is not None and log.buckets is not None
+    for code, name in enumerate(log.buckets.to_pylist()):
+        rows = np.flatnonzero(log.bucket == code)
+        if len(rows):
+            yield name, log.take(rows)
+
+
+def _policies(log: Log) -> Codes:
+    """(n,) the policy that a row was shown by: its bucket; and where a variant alone could be shown, that others drew
+    it in the same place shows another policy, whether or not the log names buckets."""
+    assert log.propensity is not None
+    bucket = np.zeros(len(log), np.int64) if log.bucket is None else log.bucket
+    alone = log.propensity >= ONLY
+    if not alone.any() or alone.all():
+        return bucket
+    _, pair = factorise(_places(log, bucket) * log.n_variants + log.variant)
+    drawn = np.bincount(pair, ~alone) > 0
+    return combine([bucket, (alone & drawn[pair]).astype(np.int64)], len(log))
+
+
+def _places(log: Log, policy: Codes) -> Codes:
+    """(n,) context × group × product × policy."""
+    parts = [log.cells(log.schema.context), policy]
+    return combine([*parts, log.product] if log.product is not None else parts, len(log))
+
+
+def _inverse(log: Log, policy: Codes) -> _Inverse:
+    """Of a log whose rows were shown by these policies (n,)."""
+    assert log.propensity is not None
+    inverse, total = log.count / log.propensity, log.count.sum()
+    mean = float(inverse.sum() / total)
+    if log.unit is not None:
+        se = float(np.sqrt((np.bincount(log.unit, (inverse - mean * log.count) / total) ** 2).sum()))
+    else:
+        se = float(np.sqrt((log.count * (1 / log.propensity - mean) ** 2).sum()) / total)
+    scene = combine([policy] if log.group is None else [log.group, policy], len(log))
+    (fine, unseen_fine), (coarse, unseen_coarse) = (_variants_seen(c, log) for c in (_places(log, policy), scene))
+    most = max(fine + unseen_fine, coarse + unseen_coarse)
+    return _Inverse(mean, se, min(fine, coarse), max(fine, coarse), most)
 
 
 def _variants_seen(cells: Codes, log: Log) -> tuple[float, float]:

@@ -41,7 +41,8 @@ def insight_sentence(
 ) -> str:
     """A segment's preference for a tag: that odds differ, and no more; where the interval holds 0, that it does.
 
-    `effect` and its interval are exp(γ) − 1. `crossed`: the tags work together, rather than were never shown apart.
+    `effect` and its interval are exp(γ) − 1, a ratio of odds ratios: what the tag does to these users' odds over what
+    it does to those of other users. `crossed`: the tags work together, rather than were never shown apart.
 
     >>> insight_sentence({"age": "[30, 40)"}, {"image_style": "flat"}, 0.25, 0.1, 0.42, 0.012)[:68]
     'Users with age from 30 to below 40: the odds of a click on image_sty'
@@ -56,19 +57,22 @@ def insight_sentence(
         if not unsure:
             way = "高" if effect > 0 else "低"
             interval = f"{way} {_size(near, 'zh')} 至 {_size(far, 'zh')}，{_q(q_value)}"
-        than = "按这类用户和该标签各自的水平推算的"
+        than, kind = "按这类用户未看到它时的水平以及它对其他用户的作用推算的", "这是与其他用户的差别，并非提升幅度；"
         if crossed:
-            than = "由其中各个取值单独及部分组合的作用推算的"
+            than, kind = "由其中各个取值单独及部分组合的作用推算的", ""
         return (
             f"{who(segment, 'zh')}，对{_after_han(tag_words(tag, 'zh'))}{apart}的点击几率（odds）"
-            f"比{than}{'高' if effect > 0 else '低'} {_size(effect, 'zh')}"
-            f"（已计入其他洞察；95% 置信区间：{interval}）。"
+            f"比{than}{_way_zh(effect)} {_size(effect, 'zh')}"
+            f"（{kind}已计入其他洞察；95% 置信区间：{interval}）。"
         )
     apart = " (never shown apart)" if len(tag) > 1 and not crossed else ""
     interval = f"{_size(near)} to {_size(far)}, {_q(q_value)}"
     if unsure:
         interval = f"{_size(ci_low)} lower to {_size(ci_high)} higher, {_q(q_value)}: how much is hardly known"
-    than = "these users and this tag would have by themselves (beside the other insights;"
+    than = (
+        "expected from their odds without it and what it does for other users"
+        " (a difference from other users, not a lift; beside the other insights;"
+    )
     if crossed:
         than = "what these values do apart would make them (on top of the other insights;"
     return (
@@ -88,26 +92,35 @@ def main_effect_sentence(
     q_value: float | None,
     n: int,
     *,
+    caveat: bool = True,
     language: Language = "en",
 ) -> str:
-    """How everybody takes a tag: clicks with it over clicks with what was shown in its place, minus 1."""
+    """How everybody takes a tag: clicks with it over clicks with what was shown in its place, minus 1.
+
+    `caveat`: that nothing adjusts it for other tags; without it, who lists such sentences says so once.
+    """
     null = ci_low <= 0 <= ci_high
     chance = not null and q_value is not None and q_value > SURE
     q = "" if q_value is None else _q(q_value)
     if language == "zh":
         tail = f"95% 置信区间：{_range(ci_low, ci_high, 'zh')}{'，' * bool(q)}{q}；{n:,} 次曝光"
+        tail += "；未剔除同时展示的其他标签的影响" * caveat
         if null:
             return f"{tag_words(tag, 'zh')}：{NO_DIFFERENCE['zh']}（点击率与同位置的其他内容相比，{tail}）。"
-        said = f"点击率比同位置的其他内容{'高' if effect > 0 else '低'} {_size(effect, 'zh')}（{tail}）"
+        said = f"点击率比同位置的其他内容{_way_zh(effect)} {_size(effect, 'zh')}（{tail}）"
         doubt = "；考虑到同时检验的标签数量，这也可能只是偶然" if chance else ""
         return f"{tag_words(tag, 'zh')}：{said}{doubt}。"
-    tail = f"95 % interval {_range(ci_low, ci_high)}{', ' * bool(q)}{q}; {n:,} exposures"
+    tail = f"95 % interval {_range(ci_low, ci_high)}{', ' * bool(q)}{q}; {n:,} exposure{'s' * (n != 1)}"
+    tail += "; not adjusted for tags shown together with it" * caveat
     if null:
-        return f"{tag_words(tag)}: {NO_DIFFERENCE['en']} (click rate against what was shown in its place: {tail})."
+        return (
+            f"{tag_words(tag)}: {NO_DIFFERENCE['en']} (click rate against that of what was shown in its place: {tail})."
+        )
     more = "higher" if effect > 0 else "lower"
     doubt = "; given how many tags were looked at, this may as well be chance" if chance else ""
     return (
-        f"{tag_words(tag)}: the click rate is {_size(effect)} {more} than what was shown in its place ({tail}){doubt}."
+        f"{tag_words(tag)}: the click rate is {_size(effect)} {more} than that of what was shown in its place"
+        f" ({tail}){doubt}."
     )
 
 
@@ -124,36 +137,41 @@ def preference_sentence(
         tail = f"95% 区间：{_range(ci_low, ci_high, 'zh')}；{n:,} 次曝光"
         subject = f"{who(segment, 'zh')}，对{_after_han(tag_words(tag, 'zh'))}的偏好"
         if null:
-            return f"{subject}与所有人相比，{NO_DIFFERENCE['zh']}（{tail}）。"
+            return f"{subject}与总体水平相比，{NO_DIFFERENCE['zh']}（{tail}）。"
         return (
-            f"{subject}可能比所有人{'高' if effect > 0 else '低'} {_size(effect, 'zh')}"
+            f"{subject}可能比总体水平{_way_zh(effect)} {_size(effect, 'zh')}"
             f"（收缩估计；{tail}；未对检验数量做校正，证据弱于洞察）。"
         )
-    tail = f"95 % interval {_range(ci_low, ci_high)}; {n:,} exposures"
+    tail = f"95 % interval {_range(ci_low, ci_high)}; {n:,} exposure{'s' * (n != 1)}"
     if null:
-        return f"{who(segment)} and {tag_words(tag)}, against how everybody takes it: {NO_DIFFERENCE['en']} ({tail})."
+        return (
+            f"{who(segment)} and {tag_words(tag)}, against how users take it overall: {NO_DIFFERENCE['en']} ({tail})."
+        )
     return (
-        f"{who(segment)} may take to {tag_words(tag)} {_size(effect)} {'more' if effect > 0 else 'less'} than everybody"
-        f" does (shrunken; {tail}; not corrected for how many were looked at: weaker evidence than an insight)."
+        f"{who(segment)} may take to {tag_words(tag)} {_size(effect)} {'more' if effect > 0 else 'less'} than users do"
+        f" overall (shrunken; {tail}; not corrected for how many were looked at: weaker evidence than an insight)."
     )
 
 
 def not_enough_sentence(
     segment: Names, tag: Names, n: int | None, needed: int | None, *, language: Language = "en"
 ) -> str:
-    """That a tag was shown to these users too rarely to say anything, or (n 0) never; None: not known."""
+    """That a tag was shown to these users too rarely to say anything, or (n 0) never; None: not known.
+
+    `n`: as how many independent exposures, equally weighted, theirs count.
+    """
     seen = None if n is None else f"{n:,}"
     if language == "zh":
         users, what = who(segment, "zh") if segment else "任何用户", tag_words(tag, "zh")
         if n == 0:
             return f"{what}从未展示给{_after_han(users)}，因此无法得知其效果。"
-        times = "展示次数未知" if seen is None else f"至多只展示了 {seen} 次"
+        times = "展示次数未知" if seen is None else f"至多只相当于展示了 {seen} 次"
         takes = "" if needed is None else f"，而要看出 20% 的差异约需 {needed:,} 次"
         return f"{what}对{_after_han(users if segment else '所有用户')}{times}{takes}：数据不足，无从判断他们的反应。"
     users, what = _lower(who(segment)) if segment else "anybody", tag_words(tag)
     if n == 0:
         return f"{what} was never shown to {users}: nothing is known of it."
-    times = "how often is not known" if seen is None else f"{seen} times at most"
+    times = "how often is not known" if seen is None else f"worth {seen} exposures at most"
     takes = "" if needed is None else f"; to see a difference of 20 % takes about {needed:,}"
     return (
         f"{what} was shown to {users if segment else 'all users'}: {times}{takes}. Too little to say how they take it."
@@ -215,7 +233,7 @@ def expected_sentence(
     """What is expected of a tag with some users: odds of a click against what was shown in its place, minus 1.
 
     `insights`: about them, that it rests on; without one on the main effect, whose `q_value` it is. `too_few`: how
-    often such users saw it at most, where that tells nothing of them; else None.
+    many independent exposures of such users to it there are at most, where that tells nothing of them; else None.
     """
     if expected is None or low is None or high is None:
         unknown = "：其效果未知。" if language == "zh" else ": what it does is not known."
@@ -225,11 +243,11 @@ def expected_sentence(
     if language == "zh":
         basis = f"依据总体效应和 {insights} 条洞察" if insights else "仅依据总体效应：没有关于这类用户的洞察"
         if too_few is not None:
-            basis += f"；这类用户至多只看到过 {too_few:,} 次，不足以判断他们是否不同"
+            basis += f"；这类用户看到它至多只相当于 {too_few:,} 次，不足以判断他们是否不同"
         tail = f"保守的 95% 区间：{_range(low, high, 'zh')}；{basis}"
         if null:
             return f"{tag_words(tag, 'zh')}：{NO_DIFFERENCE['zh']}（点击几率与同位置的其他内容相比，{tail}）。"
-        way = "高" if expected > 0 else "低"
+        way = _way_zh(expected)
         doubt = "考虑到同时检验的标签数量，这也可能只是偶然。" if chance else ""
         return (
             f"{tag_words(tag, 'zh')}：预计点击几率（odds）比同位置的其他内容{way} {_size(expected, 'zh')}"
@@ -238,7 +256,9 @@ def expected_sentence(
     some = f"the main effect and {insights} insight{'s' * (insights != 1)}"
     basis = f"from {some}" if insights else "from the main effect alone: there is no insight about these users"
     if too_few is not None:
-        basis += f"; such users saw it {too_few:,} times at most, too few to tell whether they differ"
+        basis += (
+            f"; what such users saw of it is worth {too_few:,} exposures at most, too few to tell whether they differ"
+        )
     tail = f"conservative 95 % interval {_range(low, high)}; {basis}"
     if null:
         return f"{tag_words(tag)}: {NO_DIFFERENCE['en']} (odds of a click against what was shown in its place: {tail})."
@@ -253,19 +273,21 @@ def expected_sentence(
 def design_headline(
     attributes: Mapping[str, str | None], scene: str, number: int, *, simulated: bool = False, language: Language = "en"
 ) -> str:
-    """Whom a design is for, and by which portrait; None: known to be missing."""
+    """Whom a design is for, by which portrait, and what no tag of it is adjusted for; None: known to be missing."""
     if language == "zh":
         users = "、".join(f"{plain(k)} {'未知' if v is None else f'为{_value_zh(v)}'}" for k, v in attributes.items())
         source = f"依据场景 {plain(scene)} 的第 {number} 号画像{'（模拟用户，并非真人）' if simulated else ''}"
-        return f"{source}，面向{f' {_before_han(users)}的用户' if users else '所有用户'}："
+        whom = f" {_before_han(users)}的用户" if users else "所有用户"
+        return f"{source}，面向{whom}（总体效应未剔除同时展示的其他标签的影响）："
     users = " and ".join(f"{plain(k)}={'missing' if v is None else plain(v)}" for k, v in attributes.items())
     source = f"by portrait {number} of scene {plain(scene)}{' (of simulated users)' if simulated else ''}"
-    return f"For {f'users with {users}' if users else 'all users'}, {source}:"
+    whom = f"users with {users}" if users else "all users"
+    return f"For {whom}, {source}, main effects not adjusted for tags shown together:"
 
 
 def no_segment_note(field: str, value: str | None, known: Sequence[str], *, language: Language = "en") -> str:
     """That no segment is of users with this value; `known`: those there are."""
-    there = ", ".join(map(plain, known))
+    there = ("、" if language == "zh" else ", ").join(map(plain, known))
     if language == "zh":
         what = "未知" if value is None else f"为“{plain(value)}”"
         return f"没有 {plain(field)} {what}的用户分群，因此该属性不起作用（已有：{there}）。"
@@ -275,7 +297,7 @@ def no_segment_note(field: str, value: str | None, known: Sequence[str], *, lang
 
 def not_said_note(fields: Sequence[str], *, language: Language = "en") -> str:
     """That these attributes were left open."""
-    there = ", ".join(map(plain, fields))
+    there = ("、" if language == "zh" else ", ").join(map(plain, fields))
     if language == "zh":
         return f"未给出：{there}；按日志中用户的实际构成取平均。"
     return f"Not said: {there}. Averaged over, as users are in the log."
@@ -293,8 +315,8 @@ def needed_rule(rate: float | None, needed: int | None, *, language: Language = 
             f"且不带该标签的曝光同样多）：每个标签约需 {needed:,} 次曝光。"
         )
     return (
-        f"Often enough is: at a click rate of {100 * rate:.3g} %, 20 % more clicks would be seen with a power of 80 %"
-        f" (two-sided, α = 0.05, as many exposures without the tag): about {needed:,} exposures of each."
+        f"Often enough means: at a click rate of {100 * rate:.3g} %, 20 % more clicks would be seen with a power of"
+        f" 80 % (two-sided, α = 0.05, as many exposures without the tag): about {needed:,} exposures of each."
     )
 
 
@@ -374,6 +396,11 @@ def _size(effect: float, language: Language = "en") -> str:
     percent = 100 * abs(effect)
     number = f"{percent:,.0f}" if percent >= 9.95 else f"{percent:.1f}"
     return f"{number}%" if language == "zh" else f"{number} %"
+
+
+def _way_zh(effect: float) -> str:
+    """Of an effect that is a share, not percentage points."""
+    return "相对高出" if effect > 0 else "相对低"
 
 
 def _range(low: float, high: float, language: Language = "en") -> str:

@@ -106,8 +106,9 @@ def learn_file(
     if counted < MIN_UNITS:
         weighed = "" if counted == log.n_units else " with a weight above 0"
         raise LogError(
-            f"{log_path}: {counted} units{weighed} in all {log.file_rows:,} rows; {MIN_UNITS} are needed to learn on "
-            "some and judge on others. If `unit` is not the user's id, name another column or leave it out."
+            f"{log_path}: {counted} unit{'s' * (counted != 1)}{weighed} in all {log.file_rows:,} rows; {MIN_UNITS} are"
+            " needed to learn on some and judge on others. If `unit` is not the user's id, name another column or leave"
+            " it out."
         )
     make_folder(out_dir)
     with threads_for(len(log)):

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import gzip
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +191,99 @@ def test_time_is_seconds_or_its_own_numbers(tmp_path: Path) -> None:
     frame["at"] = ["yesterday", *frame["at"].astype(str)[1:]]
     log = read_log(saved(frame, tmp_path / "l.csv"), schema)
     assert log.time is not None and np.isnan(log.time).sum() == 1 and "time_unreadable" in codes(log)
+
+
+def times_of(tmp_path: Path, times: Any, name: str = "l.csv") -> tuple[list[float], list[str]]:
+    """The seconds that a column of times is read as, and what is said of it."""
+    frame = a_frame(len(times)).assign(at=times, y=[0, 1] * (len(times) // 2))
+    log = read_log(saved(frame, tmp_path / name), SCHEMA.model_copy(update={"time": "at"}))
+    assert log.time is not None
+    return log.time.tolist(), [c.message for c in log.checks if c.code.startswith("time_")]
+
+
+MOMENTS = [datetime(2026, 1, 31, 23, 30, tzinfo=UTC) + timedelta(hours=h) for h in range(10)]
+EPOCHS = [moment.timestamp() for moment in MOMENTS]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%d %H:%M:%S+08:00", "%Y-%m-%d %H:%M:%S Asia/Shanghai", "%Y-%m-%d %H:%M:%S+08"],
+)
+def test_times_keep_their_offset(tmp_path: Path, text: str) -> None:
+    there = [moment.astimezone(timezone(timedelta(hours=8))) for moment in MOMENTS]
+    assert times_of(tmp_path, [moment.strftime(text) for moment in there]) == (EPOCHS, [])
+
+
+@pytest.mark.parametrize("text", ["%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M:%SZ", "%Y/%m/%d %H:%M:%S"])
+def test_times_without_an_offset_are_utc(tmp_path: Path, text: str) -> None:
+    assert times_of(tmp_path, [moment.strftime(text) for moment in MOMENTS]) == (EPOCHS, [])
+
+
+def test_times_mean_the_same_on_every_machine(tmp_path: Path) -> None:
+    at = pd.Series(MOMENTS).dt.tz_convert("Asia/Tokyo")
+    frame = a_frame(10).assign(at=at, place=at, y=[0, 1] * 5)
+    saved(frame, tmp_path / "l.parquet"), saved(frame.assign(at=at.dt.tz_localize(None)), tmp_path / "l.csv")
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", SAYS_TIMES, str(tmp_path)],
+            env={**os.environ, "TZ": zone}, check=True, capture_output=True, text=True,
+        ).stdout
+        for zone in ("Asia/Shanghai", "America/New_York")
+    ]  # fmt: skip
+    assert said[0] == said[1] and f"{EPOCHS[0]} " in said[0] and "2026-01-31 23:30:00+00" in said[0]
+
+
+SAYS_TIMES = """
+import sys
+from pathlib import Path
+from kaleidoscope.log import read_log
+from kaleidoscope.log_schema import LogSchema
+schema = LogSchema(label="y", time="at", context=("place",), variant=("image",))
+for name in ("l.parquet", "l.csv"):
+    log = read_log(Path(sys.argv[1]) / name, schema)
+    print(*log.time.tolist(), *log.columns["place"].to_pylist())
+"""
+
+
+@pytest.mark.parametrize("name", ["l.csv", "l.parquet"])
+@pytest.mark.parametrize(("per_second", "unit"), [(10**3, "milli"), (10**6, "micro"), (10**9, "nano")])
+def test_finer_units_are_told_by_their_digits_and_said(tmp_path: Path, per_second: int, unit: str, name: str) -> None:
+    found, said = times_of(tmp_path, [int(at) * per_second for at in EPOCHS], name)
+    assert found == EPOCHS
+    assert said == [
+        f"column 'at' (`time`): its numbers are read as {unit}seconds since 1970, from 2026-01-31T23:30:00+00:00 to"
+        " 2026-02-01T08:30:00+00:00. If not so, write times like 2026-10-01T05:00:00Z, or as seconds since 1970."
+    ]
+
+
+@pytest.mark.parametrize("numbers", [EPOCHS, [9.7e8, 1.1e9] * 2, [1e8, 1e10 - 1] * 2])
+def test_seconds_are_read_as_they_are_without_a_word(tmp_path: Path, numbers: list[float]) -> None:
+    assert times_of(tmp_path, numbers) == (numbers, [])
+
+
+@pytest.mark.parametrize("number", [7, 20261001, 202610011200, 20261001120000, 5e10, 5 * 10**16])
+def test_other_numbers_are_an_order_and_said_to_be_no_dates(tmp_path: Path, number: float) -> None:
+    found, (said,) = times_of(tmp_path, [number, number + number / 2**40] * 2)
+    assert found[0] == number
+    assert f"numbers such as {number:.15g} are no seconds" in said and "no date" in said
+
+
+def test_times_written_in_several_ways_are_warned_of(tmp_path: Path) -> None:
+    times = [*map(str, MOMENTS[:4]), *(str(int(at) * 1000) for at in EPOCHS[4:7]), str(EPOCHS[7]), "0", ""]
+    found, said = times_of(tmp_path, times)
+    assert found[:9] == [*EPOCHS[:8], 0.0] and np.isnan(found[9])
+    assert "seconds since 1970 (1), milliseconds since 1970 (3), other numbers (1), dates (4). Each is read" in said[0]
+    assert "no time can be read in 1 row, first data row 10 (missing)" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "ambiguous"), [("02.03.2026 17:31", True), ("03/02/2026 05:31 PM", True), ("yesterday", False)]
+)
+def test_an_unreadable_time_is_shown_with_its_row_and_what_to_write(tmp_path: Path, text: str, ambiguous: bool) -> None:
+    _, (said,) = times_of(tmp_path, ["", str(MOMENTS[0]), text, text])
+    assert "column 'at' (`time`): no time can be read in 3 rows (1 of them empty), first data row 3" in said
+    assert repr(text) in said and "2026-10-01T05:00:00Z (UTC where no offset is given)" in said
+    assert ("month" in said) == ambiguous
 
 
 ODD = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
@@ -558,6 +655,35 @@ def test_a_time_without_end_is_unknown(tmp_path: Path) -> None:
     assert log.time is not None and np.isnan(log.time).sum() == 1 and "time_unreadable" in codes(log)
 
 
+@pytest.mark.parametrize(("role", "says"), [("propensity", "propensity is no number"), ("weight", "not a number")])
+def test_a_decimal_comma_is_no_number(tmp_path: Path, role: str, says: str) -> None:
+    frame = a_frame().assign(p="0,25", colour=a_frame()["colour"] + ";")
+    message = breaks(frame, tmp_path, SCHEMA.model_copy(update={"propensity": None, role: "p"}), "l.csv")
+    assert says in message and "first data row 1 ('0,25'). Write decimals with a point, 0.25." in message
+    assert "outside" not in message
+
+
+def test_features_with_a_decimal_comma_are_warned_of(tmp_path: Path) -> None:
+    frame = a_frame().assign(age=["30,5", "31"] * 200, city=["a, b", "1,2"] * 200)
+    log = read_log(saved(frame, tmp_path / "l.csv"), SCHEMA)
+    (said,) = [c.message for c in log.checks if c.code == "decimal_comma"]
+    assert "column 'age'" in said and "'30,5'" in said and "30.5" in said
+
+
+def test_what_holds_no_rows_or_no_parquet_is_called_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "csvs").mkdir()
+    for name in ("a.csv", "b.csv.gz"):
+        saved(a_frame(), tmp_path / "csvs" / name)
+    for frame, name, says in [
+        (a_frame().head(0), "rows.parquet", "has columns but no rows"),
+        (a_frame().head(0), "rows.csv", "has a header but no rows"),
+        (None, "csvs", "holds 2 CSV files and no .parquet file. Only Parquet is read from a folder"),
+    ]:
+        path = tmp_path / name if frame is None else saved(frame, tmp_path / name)
+        with pytest.raises(LogError, match=says):
+            read_log(path, SCHEMA)
+
+
 # ---- warnings
 
 
@@ -606,8 +732,10 @@ def test_user_columns_that_change_within_a_unit(tmp_path: Path) -> None:
 
 def test_few_units(tmp_path: Path) -> None:
     frame = a_frame()
-    frame["who"] = np.arange(400) % 7
-    assert "few_units" in codes(read_log(saved(frame, tmp_path / "l.parquet"), SCHEMA))
+    for units, says in ((7, "only 7 units:"), (1, "only 1 unit:")):
+        frame["who"] = np.arange(400) % units
+        log = read_log(saved(frame, tmp_path / "l.parquet"), SCHEMA)
+        assert any(c.code == "few_units" and c.message.startswith(says) for c in log.checks)
 
 
 def test_arms_that_match_no_variants(tmp_path: Path) -> None:
@@ -633,6 +761,55 @@ def test_propensities_that_cannot_be_any_are_an_error(tmp_path: Path) -> None:
     for p, level in [(1 / 30, Level.ERROR), (1 / 7, Level.WARNING)]:
         log = read_log(saved(a_frame().assign(p=p), tmp_path / "l.parquet"), SCHEMA)
         assert [c.level for c in log.checks if c.code == "propensity_mean"] == [level]
+
+
+def three_buckets(seed: int, n: int = 12_000, variants: int = 20) -> pd.DataFrame:
+    """A control bucket (one variant), a random one, and a model that shows what users like, with a floor; all of
+    whose propensities are right."""
+    rng = np.random.default_rng(seed)
+    who = rng.integers(0, n // 4, n)
+    bucket = np.array(["control", "random", "model"])[np.searchsorted([0.15, 0.4], (who * 7919 % 1000) / 1000, "right")]
+    likes = np.random.default_rng(0).normal(size=n)[who]
+    share = np.exp(likes[:, None] * np.linspace(-2, 2, variants))
+    share = 0.9 * share / share.sum(axis=1, keepdims=True) + 0.1 / variants
+    share[bucket == "random"] = 1 / variants
+    share[bucket == "control"] = np.arange(variants) == 3
+    arm = (share.cumsum(axis=1) > rng.random(n)[:, None]).argmax(axis=1)
+    return pd.DataFrame({
+        "who": who, "bucket": bucket, "arm": arm, "p": share[np.arange(n), arm], "y": rng.integers(0, 2, n),
+        "page": rng.integers(0, 2, n),
+    })  # fmt: skip
+
+
+BUCKETS = LogSchema(label="y", unit="who", variant=("arm",), propensity="p", bucket="bucket")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("changes", [{}, {"bucket": None}, {"context": ("page",)}, {"product": "page"}])
+def test_right_propensities_of_three_buckets_do_not_alarm(tmp_path: Path, changes: dict[str, Any]) -> None:
+    schema = BUCKETS.model_copy(update=changes)
+    for seed in range(5):
+        assert "propensity_mean" not in codes(read_log(saved(three_buckets(seed), tmp_path / "l.parquet"), schema))
+
+
+@pytest.mark.parametrize(
+    ("bucket", "wrong", "says"),
+    [
+        ("control", lambda p: 1 / 20, "in bucket 'control' it is 20 (se 0), but 1 variant could be shown"),
+        ("model", lambda p: np.minimum(1.5 * p, 1), "in bucket 'model' it is 13"),
+        ("model", lambda p: p / 1.5, "in bucket 'model' it is 29."),
+        ("random", lambda p: 1.0, "in bucket 'random' it is 1 (se 0), but 20 variants could be shown"),
+    ],
+)
+def test_wrong_propensities_of_one_bucket_are_warned_of_by_its_name(
+    tmp_path: Path, bucket: str, wrong: Any, says: str
+) -> None:
+    frame = three_buckets(0)
+    of = frame["bucket"] == bucket
+    frame.loc[of, "p"] = wrong(frame.loc[of, "p"])
+    log = read_log(saved(frame, tmp_path / "l.parquet"), BUCKETS)
+    (said,) = [c.message for c in log.checks if c.code == "propensity_mean"]
+    assert "column 'p' (the propensities)" in said and says in said and said.count("in bucket") == 1
+    assert "Log the probability with which the choice was drawn" in said
 
 
 def test_many_variants_hardly_seen_do_not_alarm(tmp_path: Path) -> None:

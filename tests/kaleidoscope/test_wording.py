@@ -35,16 +35,54 @@ BOTH: tuple[Language, ...] = ("en", "zh")
 
 def test_an_insight_in_english() -> None:
     assert insight_sentence(SEGMENT, TAG, 0.25, 0.1, 0.42, 0.012) == (
-        "Users with age from 30 to below 40: the odds of a click on image_style=flat are 25 % higher than these users"
-        " and this tag would have by themselves (beside the other insights; 95 % interval 10 % to 42 %, q = 0.012)."
+        "Users with age from 30 to below 40: the odds of a click on image_style=flat are 25 % higher than expected"
+        " from their odds without it and what it does for other users (a difference from other users, not a lift;"
+        " beside the other insights; 95 % interval 10 % to 42 %, q = 0.012)."
     )
 
 
 def test_an_insight_in_chinese() -> None:
     assert insight_sentence({**SEGMENT, "level": "new"}, ZH_TAG, -0.25, -0.42, -0.1, 0.0001, language="zh") == (
         "age 为 30 至不满 40、level 为“new”的用户，对图片风格“扁平”的点击几率（odds）"
-        "比按这类用户和该标签各自的水平推算的低 25%（已计入其他洞察；95% 置信区间：低 10% 至 42%，q < 0.001）。"
+        "比按这类用户未看到它时的水平以及它对其他用户的作用推算的相对低 25%"
+        "（这是与其他用户的差别，并非提升幅度；已计入其他洞察；95% 置信区间：低 10% 至 42%，q < 0.001）。"
     )
+
+
+def test_main_effects_in_english_and_chinese() -> None:
+    assert main_effect_sentence(TAG, 0.47, 0.3, 0.6, 0.001, 1) == (
+        "image_style=flat: the click rate is 47 % higher than that of what was shown in its place"
+        " (95 % interval 30 % to 60 % higher, q = 0.001; 1 exposure; not adjusted for tags shown together with it)."
+    )
+    assert main_effect_sentence(ZH_TAG, 0.47, 0.3, 0.6, 0.001, 900, language="zh") == (
+        "图片风格“扁平”：点击率比同位置的其他内容相对高出 47%（95% 置信区间：高 30% 至 60%，q = 0.001；900 次曝光；"
+        "未剔除同时展示的其他标签的影响）。"
+    )
+
+
+@pytest.mark.parametrize(
+    ("language", "caveat"), [("en", "not adjusted for tags shown together"), ("zh", "未剔除同时展示")]
+)
+def test_main_effects_are_not_adjusted_and_say_so_unless_who_lists_them_does(language: Language, caveat: str) -> None:
+    for ends in ((0.1, 0.3), (-0.1, 0.3)):
+        assert caveat in main_effect_sentence(TAG, 0.2, *ends, 0.01, 900, language=language)
+        assert caveat not in main_effect_sentence(TAG, 0.2, *ends, 0.01, 900, caveat=False, language=language)
+    assert caveat in design_headline({"age": "30"}, "home", 3, language=language)
+
+
+def test_a_preference_is_over_that_of_users_overall() -> None:
+    assert "take to image_style=flat 20 % more than users do overall" in preference_sentence(
+        SEGMENT, TAG, 1.2, 1.1, 1.3, 900
+    )
+    assert "的偏好可能比总体水平相对高出 20%" in preference_sentence(SEGMENT, ZH_TAG, 1.2, 1.1, 1.3, 900, language="zh")
+    assert "against how users take it overall" in preference_sentence(SEGMENT, TAG, 1.2, 0.9, 1.3, 900)
+    assert "与总体水平相比" in preference_sentence(SEGMENT, TAG, 1.2, 0.9, 1.3, 900, language="zh")
+
+
+def test_notes_list_as_their_language_does() -> None:
+    assert "age, level" in not_said_note(["age", "level"]) and "20, 30" in no_segment_note("age", "9", ["20", "30"])
+    assert "未给出：age、level；" in not_said_note(["age", "level"], language="zh")
+    assert "（已有：20、30）" in no_segment_note("age", "9", ["20", "30"], language="zh")
 
 
 def test_the_engines_insights_read_alike() -> None:
@@ -135,7 +173,7 @@ def test_a_preference_is_weaker_than_an_insight_and_says_so() -> None:
 def test_too_little_is_said_to_be_too_little_and_never_never() -> None:
     assert "never shown to users with age from 30 to below 40" in not_enough_sentence(SEGMENT, TAG, 0, 7_000)
     few = not_enough_sentence(SEGMENT, TAG, 120, 7_000)
-    assert "120 times at most" in few and "about 7,000" in few and "Too little" in few
+    assert "worth 120 exposures at most" in few and "about 7,000" in few and "Too little" in few
     assert "not known" in not_enough_sentence(SEGMENT, TAG, None, None)
     assert "从未展示给任何用户" in not_enough_sentence({}, ZH_TAG, 0, None, language="zh")
     assert "约需 7,000 次" in not_enough_sentence(SEGMENT, ZH_TAG, 120, 7_000, language="zh")
@@ -144,9 +182,9 @@ def test_too_little_is_said_to_be_too_little_and_never_never() -> None:
 def test_what_is_expected_says_what_it_rests_on() -> None:
     assert "from the main effect and 1 insight)" in expected_sentence(TAG, 0.2, 0.1, 0.3, 1)
     assert "no insight about these users" in expected_sentence(TAG, 0.2, 0.1, 0.3, 0)
-    assert "saw it 12 times at most" in expected_sentence(TAG, 0.2, 0.1, 0.3, 0, too_few=12)
+    assert "saw of it is worth 12 exposures at most" in expected_sentence(TAG, 0.2, 0.1, 0.3, 0, too_few=12)
     assert "is not known" in expected_sentence(TAG, None, None, None, 0)
-    assert "至多只看到过 12 次" in expected_sentence(TAG, 0.2, 0.1, 0.3, 0, too_few=12, language="zh")
+    assert "看到它至多只相当于 12 次" in expected_sentence(TAG, 0.2, 0.1, 0.3, 0, too_few=12, language="zh")
 
 
 def test_simulated_users_are_called_simulated() -> None:
