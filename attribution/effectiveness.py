@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from attribution import bucket_balance, lift_trends, variant_lifts
 from attribution.bucket_balance import Balance, BucketLift, Moved, Products
@@ -20,13 +20,17 @@ from attribution.contrasts import holm
 from attribution.lift_trends import Direction, Slice, Trend
 from attribution.variant_lifts import Concentration, Split, VariantCtr
 from kaleidoscope import experiment
+from kaleidoscope.experiment import Cohort
 from kaleidoscope.log import Codes, Log, sums
 from kaleidoscope.vocabulary import Bucket
 
 __all__ = [
-    "Balance", "BucketLift", "Concentration", "Direction", "Effectiveness", "EyeCatching", "Fatigue", "Judgement",
-    "Measured", "Moved", "OtherCauses", "Products", "Ratio", "Slice", "Split", "Trend", "VariantCtr", "effectiveness",
+    "Balance", "BucketLift", "Concentration", "Design", "Direction", "Effectiveness", "EyeCatching", "Fatigue",
+    "Judgement", "Measured", "Moved", "OtherCauses", "Products", "Ratio", "Slice", "Split", "Trend", "VariantCtr",
+    "effectiveness",
 ]  # fmt: skip
+
+Design = Mapping[str, float] | Sequence[Cohort[str]]
 
 ALPHA = 0.05
 RETURNED_SHARE = 0.01  # of the units may come back to a bucket that they had left
@@ -58,9 +62,11 @@ class Ratio:
     """Whether units fell into buckets as designed."""
 
     units: Mapping[str, int]
-    shares: Mapping[str, float]
+    shares: Mapping[str, float]  # of the units
+    expected: Mapping[str, float]  # units, if all had fallen exactly as designed
     p_value: float
     flagged: bool
+    cohorts: tuple[Cohort[str], ...]  # that were assigned by shares of their own, and are compared with these
 
 
 @dataclass(frozen=True)
@@ -121,13 +127,12 @@ def _plain(value: Any) -> Any:
 # ── the three doubts ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def effectiveness(
-    log: Log, *, control: str = Bucket.CONTROL.value, shares: Mapping[str, float] | None = None
-) -> Effectiveness:
+def effectiveness(log: Log, *, control: str = Bucket.CONTROL.value, shares: Design | None = None) -> Effectiveness:
     """The three doubts about the lift in a log whose buckets are named as `vocabulary.Bucket` names them.
 
-    `control`: the bucket that lifts are over. `shares`: the designed shares of units by bucket, for the sample ratio;
-    they have to be those of the whole log. What the log lacks is in `missing`, never an exception.
+    `control`: the bucket that lifts are over. `shares`: the designed shares of units by bucket, for the sample ratio:
+    those of the whole log; or, where they changed or exposures were left out, the units of each release with its
+    shares. What the log lacks is in `missing`, never an exception.
     """
     exposures = Exposures.of(log, str(control))
     fatigue = _fatigue(exposures)
@@ -201,7 +206,7 @@ def _trend_sentence(trend: Trend) -> str:
     )
 
 
-def _other_causes(e: Exposures, shares: Mapping[str, float] | None, lack_of_time: str) -> OtherCauses:
+def _other_causes(e: Exposures, shares: Design | None, lack_of_time: str) -> OtherCauses:
     """`lack_of_time`: what the doubt before has not said of it."""
     names = e.buckets
     if len(names) < 2:
@@ -217,11 +222,10 @@ def _other_causes(e: Exposures, shares: Mapping[str, float] | None, lack_of_time
         )
     first = bucket_balance.first_exposures(e)
     split_p = bucket_balance.split_p(e, first)
-    ratio = _sample_ratio(e, first, shares)
-    if ratio is None:
-        missing["sample_ratio"] = (
-            "The log does not say which share of the units each bucket was to get. Give the designed shares."
-        )
+    found = _sample_ratio(e, first, shares)
+    ratio = None if isinstance(found, str) else found
+    if isinstance(found, str):
+        missing["sample_ratio"] = found
     changed = split_p is not None and split_p < experiment.SRM_ALPHA
     compared = bucket_balance.balance(e, first, hours=True)
     if not e.log.schema.user and not e.log.schema.context:
@@ -280,29 +284,79 @@ def _other_causes(e: Exposures, shares: Mapping[str, float] | None, lack_of_time
     )  # fmt: skip
 
 
-def _sample_ratio(e: Exposures, first: Codes, shares: Mapping[str, float] | None) -> Ratio | None:
-    if shares is None or e.log.unit is None:
-        return None
-    wanted = {str(name): float(share) for name, share in shares.items()}
-    counts = dict(zip(e.names, sums(e.bucket[first], size=len(e.names)).astype(int).tolist(), strict=True))
-    found = experiment.srm(counts, wanted, sequential=False)
+def _sample_ratio(e: Exposures, first: Codes, shares: Design | None) -> Ratio | str:
+    """The sample ratio, or why it is not known."""
+    if shares is None:
+        return (
+            "The log does not say which share of the units each bucket was to get. Give the designed shares:"
+            " `--shares control=.1,random=.2,model=.7`."
+        )
+    if isinstance(shares, Mapping):
+        if e.log.unit is None:
+            return "Without units it is not known how they fell into the buckets. Name the user's column in `unit`."
+        counts = dict(zip(e.names, sums(e.bucket[first], size=len(e.names)).astype(int).tolist(), strict=True))
+        shares = [Cohort("all", counts, {str(name): float(share) for name, share in shares.items()})]
+    cohorts = tuple(one for one in shares if sum(one.units.values()))
+    if not cohorts:
+        return "No release is known to have been seen by anybody: how units fell is not known. Choose a longer period."
+    found = experiment.srm_of(cohorts, sequential=False)
     if found is None:
-        return None
+        return "By design one bucket was to get all units: there is no ratio. Give others a share."
+    units, expected = _over_all([one.units for one in cohorts]), _over_all([one.expected for one in cohorts])
+    observed = {name: n / found.units for name, n in units.items()}
     p = found.always_valid_p if found.p_value is None else found.p_value
-    total = sum(counts.values())
-    return Ratio(counts, {name: count / total for name, count in counts.items()}, p, found.flagged)
+    return Ratio(units, observed, expected, p, found.flagged, cohorts)
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _over_all(parts: Iterable[Mapping[str, Number]]) -> dict[str, Number]:
+    """The sums by bucket, in the order in which buckets are named everywhere."""
+    found: dict[str, Number] = {}
+    for part in parts:
+        for name, n in part.items():
+            found[name] = found[name] + n if name in found else n
+    order = [*(one.value for one in Bucket), *found]
+    return {name: found[name] for name in dict.fromkeys(order) if name in found}
 
 
 def _ratio_sentences(ratio: Ratio | None, split_p: float | None) -> Iterable[str]:
+    redesigned = False
     if ratio is not None:
-        found = ", ".join(f"{name} {count:,}" for name, count in ratio.units.items())
+        parts = [(name, n, ratio.expected.get(name, 0.0)) for name, n in ratio.units.items()]
+        found = ", ".join(f"{name} {n:,} of {expected:,.0f} expected" for name, n, expected in parts)
         yes = "Units did not fall into the buckets as designed" if ratio.flagged else "Units fell as designed"
-        yield f"{yes}: {found} ({_p(ratio.p_value)})."
-    if split_p is not None and split_p < experiment.SRM_ALPHA:
+        redesigned = len({tuple(sorted(one.shares.items())) for one in ratio.cohorts}) > 1
+        within = f", each of {len(ratio.cohorts)} releases by its own design" if len(ratio.cohorts) > 1 else ""
+        yield f"{yes}{within}: {found} ({_p(ratio.p_value)})."
+        if ratio.flagged and len(ratio.cohorts) > 1:
+            new = experiment.srm_of(
+                [replace(c, units=c.new, new=None) for c in ratio.cohorts if c.new], sequential=False
+            )
+            if new is not None and not new.flagged:
+                yield (
+                    "Of units new to the scene that is not seen: either known ones were lost, or those of one bucket"
+                    " came back more often than others, and buckets no longer hold the same people."
+                )
+            worst = min(ratio.cohorts, key=_p_of)
+            of = ", ".join(
+                f"{name} {worst.units.get(name, 0):,} of {expected:,.0f}" for name, expected in worst.expected.items()
+            )
+            yield f"Furthest from it is {worst.name}: {of} ({_p(_p_of(worst))})."
+    if redesigned and ratio is not None and not ratio.flagged:
+        yield "The designed shares of the buckets changed during the log, so lifts are taken within equal times."
+    elif split_p is not None and split_p < experiment.SRM_ALPHA:
         yield (
             f"The buckets' shares of new units changed during the log ({_p(split_p)}): a release may have done that, so"
             " lifts are taken within equal times. If none did, find out what took the units."
         )
+
+
+def _p_of(cohort: Cohort[str]) -> float:
+    """The p-value of one cohort's having fallen as designed."""
+    found = experiment.srm_of([cohort], sequential=False)
+    return 1.0 if found is None else found.always_valid_p if found.p_value is None else found.p_value
 
 
 def _balance_sentences(balance: Sequence[Balance], *, changed: bool) -> Iterable[str]:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from attribution.batches import Plan, Source, batches, number
 from attribution.cells import ANYTHING, Cells, Definitions, Table, values_of
 from attribution.coding import Coded, UserField, code
-from attribution.tally import Pair, Totals, tally, unpack
+from attribution.tally import CHUNK, Pair, Totals, tally, unpack
 from kaleidoscope import log as contract
 from kaleidoscope.errors import InputError, LogError
 from kaleidoscope.log import Codes, Floats
@@ -72,16 +72,19 @@ def stream_events(
     folder: Path | str,
     definitions: Definitions | None = None,
     *,
+    files: Sequence[Path] | None = None,
     outcome: Literal["click", "conversion"] = "click",
     period: Period | None = "day",
     pairs: bool = True,
 ) -> Cells:
-    """The cells of Parquet files of the event log (kaleidoscope/events.py): of a business, a scene, a day, or one file.
+    """The cells of Parquet files of the event log (kaleidoscope/events.py): of a business, a scene, a day, or one file;
+    `files`: of these in the folder alone.
 
-    Only exposures that may be learned from count. Every scene is a stratum of its own. Else as `stream`.
+    Only exposures that may be learned from count. Every scene is a stratum of its own. A feature that none of the files
+    has, and the definitions do, is unknown throughout; one that is new is refused (LogError). Else as `stream`.
     """
     path = Path(folder)
-    with contract.open_log(path, LogSchema(label=outcome, variant=("-",))) as database:
+    with contract.open_log(path, LogSchema(label=outcome, variant=("-",)), only=files) as database:
         found = [str(name) for name, *_ in database.execute("DESCRIBE log").fetchall()]
         ours = ("unit", "scene", "bucket", "product", "propensity", "exposed_at")
         missing = [name for name in (outcome, *ours, "learn", "recorded", "described") if name not in found]
@@ -91,6 +94,19 @@ def stream_events(
         select = [f"CAST({outcome} AS TINYINT) AS _outcome", *(f"{name} AS _{name}" for name in ours)]
         select += [f"{contract.sql_name(n)} AS {contract.sql_name(n[2:])}" for names in roles.values() for n in names]
         user, context, variant = (tuple(name[2:] for name in names) for names in roles.values())
+        if definitions is not None:
+            new = sorted(set(user) - {f.name for f in definitions.fields})
+            if new:
+                raise LogError(
+                    f"{path}: user feature {', '.join(map(repr, new))} is new since the cells that these are to be"
+                    " added to. Make the cells anew from all days: leave the earlier ones out."
+                )
+            absent = [(f, "u_") for f in definitions.fields if f.name not in user]
+            absent += [(f, "c_") for f in definitions.context if f.name not in context]
+            kinds = [(f.name, "VARCHAR" if f.edges is None else "DOUBLE") for f, _ in absent]
+            select += [f"CAST(NULL AS {kind}) AS {contract.sql_name(name)}" for name, kind in kinds]
+            user += tuple(f.name for f, role in absent if role == "u_")
+            context += tuple(f.name for f, role in absent if role == "c_")
         schema = LogSchema(
             label="_outcome", unit="_unit", group="_scene", bucket="_bucket", product="_product",
             propensity="_propensity", time="_exposed_at", user=user, context=context, variant=variant,
@@ -178,19 +194,23 @@ def _cells(log: Source, sample: pa.Table, definitions: Definitions) -> Cells:
     ]
     totals = Totals(3 if definitions.weighted else 1)
 
-    def work(rows: pa.Table, start: int) -> tuple[Codes, Floats]:
+    def work(rows: pa.Table, start: int) -> list[tuple[Codes, Floats]]:
         return tally(plan.batch(rows, start), wanted)
 
-    waiting: deque[Future[tuple[Codes, Floats]]] = deque()
+    def add(done: Future[list[tuple[Codes, Floats]]]) -> None:
+        for keys, sums in done.result():
+            totals.add(keys, sums)
+
+    waiting: deque[Future[list[tuple[Codes, Floats]]]] = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
         try:
             for rows, start in batches(plan):
                 waiting.append(pool.submit(work, rows, start))
                 del rows
                 if len(waiting) > WORKERS:
-                    totals.add(*waiting.popleft().result())
+                    add(waiting.popleft())
             while waiting:
-                totals.add(*waiting.popleft().result())
+                add(waiting.popleft())
         finally:
             for future in waiting:
                 future.cancel()
@@ -201,7 +221,10 @@ def _cells(log: Source, sample: pa.Table, definitions: Definitions) -> Cells:
 
 
 def _named(plan: Plan, totals: Totals) -> Cells:
-    """The totals of items as cells of values and tags: a combination of tags counts for each of them."""
+    """The totals of items as cells of values and tags: a combination of tags counts for each of them.
+
+    Of some places at a time, in the order of their names: the tables of these, one below the other, are sorted.
+    """
     values = values_of(plan.definitions.fields)
     items = list(plan.items.at)
     tags = [ANYTHING, *sorted({((i[1], tag),) for i in items if i[0] == "tags" for tag in i[2]})]
@@ -213,35 +236,51 @@ def _named(plan: Plan, totals: Totals) -> Cells:
     names = [tuple(sorted({place[k] for place in plan.places.at})) for k in range(3)]
     name_at = [{name: k for k, name in enumerate(of)} for of in names]
     named = np.array([[at[n] for n, at in zip(p, name_at, strict=True)] for p in plan.places.at], np.int64)
-    place, replicate, left, right = unpack(totals.keys)
-    sums = totals.sums if plan.definitions.weighted else np.tile(totals.sums, 3)
+    given = sorted(totals.of_places(), key=lambda of: tuple(named[of[0]].tolist()))
+    totals.parts.clear()
+    turn = (np.cumsum([len(keys) for _, keys, _ in given], dtype=np.int64) - 1) // CHUNK
+    found: dict[str, list[Table]] = {"main": [], "value_pairs": [], "tag_pairs": []}
+    for now in np.unique(turn).tolist():
+        some = [given[at] for at in np.flatnonzero(turn == now).tolist()]
+        place, replicate, left, right = unpack(np.concatenate([keys for _, keys, _ in some]))
+        sums = np.concatenate([of for *_, of in some])
+        sums = sums if plan.definitions.weighted else np.tile(sums, 3)
 
-    def table(parts: Sequence[tuple[Codes, Codes, Codes]]) -> Table:
-        rows, first, second = (np.concatenate(of) for of in zip(*parts, strict=True))
-        return Table.of(np.stack([*named.reshape(-1, 3)[place[rows]].T, replicate[rows], first, second]), sums[rows])
+        def table(
+            parts: Sequence[tuple[Codes, Codes, Codes]],
+            place: Codes = place,
+            replicate: Codes = replicate,
+            sums: Floats = sums,
+        ) -> Table:
+            rows, first, second = (np.concatenate(of) for of in zip(*parts, strict=True))
+            return Table.of(
+                np.stack([*named.reshape(-1, 3)[place[rows]].T, replicate[rows], first, second]), sums[rows]
+            )
 
-    value_rows = np.flatnonzero(~is_tags[left] & ~is_tags[right])
-    crossed, tag_rows = (np.flatnonzero(of & is_tags[right]) for of in (~is_tags[left], is_tags[left]))
-    total = np.flatnonzero((left == 0) & of_first[right])  # of one dimension: every variant has one combination of it
-    everyone = np.zeros(len(total), np.int64)
-    alone, both = value_rows[left[value_rows] == 0], value_rows[left[value_rows] > 0]
-    at, tag = _each(right[crossed], carried)
-    rows = crossed[at]
-    main = [
-        (total, everyone, everyone),
-        (alone, value_of[right[alone]], np.zeros(len(alone), np.int64)),
-        (rows, value_of[left[rows]], tag),
-    ]
-    together = []
-    if plan.definitions.pairs:
-        within = [list(combinations(sorted(of), 2)) for of in carried]  # tags of one dimension
-        rows = crossed[left[crossed] == 0]
-        at, pair = _each(right[rows], within)
-        together.append((rows[at], *pair.reshape(-1, 2).T))
-        at, one = _each(left[tag_rows], carried)
-        rows = tag_rows[at]
-        at, other = _each(right[rows], carried)
-        together.append((rows[at], np.minimum(one[at], other), np.maximum(one[at], other)))
+        value_rows = np.flatnonzero(~is_tags[left] & ~is_tags[right])
+        crossed, tag_rows = (np.flatnonzero(of & is_tags[right]) for of in (~is_tags[left], is_tags[left]))
+        total = np.flatnonzero((left == 0) & of_first[right])  # of one dimension: every variant has one combination
+        everyone = np.zeros(len(total), np.int64)
+        alone, both = value_rows[left[value_rows] == 0], value_rows[left[value_rows] > 0]
+        at, tag = _each(right[crossed], carried)
+        rows = crossed[at]
+        main = [
+            (total, everyone, everyone),
+            (alone, value_of[right[alone]], np.zeros(len(alone), np.int64)),
+            (rows, value_of[left[rows]], tag),
+        ]
+        found["main"].append(table(main))
+        found["value_pairs"].append(table([(both, value_of[left[both]], value_of[right[both]])]))
+        if plan.definitions.pairs:
+            within = [list(combinations(sorted(of), 2)) for of in carried]  # tags of one dimension
+            rows = crossed[left[crossed] == 0]
+            at, pair = _each(right[rows], within)
+            together = [(rows[at], *pair.reshape(-1, 2).T)]
+            at, one = _each(left[tag_rows], carried)
+            rows = tag_rows[at]
+            at, other = _each(right[rows], carried)
+            together.append((rows[at], np.minimum(one[at], other), np.maximum(one[at], other)))
+            found["tag_pairs"].append(table(together))
     return Cells(
         definitions=plan.definitions,
         strata=names[0],
@@ -249,9 +288,9 @@ def _named(plan: Plan, totals: Totals) -> Cells:
         periods=names[2],
         values=values,
         tags=tuple(tags),
-        main=table(main),
-        value_pairs=table([(both, value_of[left[both]], value_of[right[both]])]),
-        tag_pairs=table(together) if together else Table.none(),
+        main=Table.below(found.pop("main")),
+        value_pairs=Table.below(found.pop("value_pairs")),
+        tag_pairs=Table.below(found.pop("tag_pairs")),
         clipped=plan.clipped,
     )
 

@@ -23,6 +23,7 @@ ITEMS = 1 << 17  # values, and combinations of tags, that a key has room for
 PLACES = 1 << 22
 MOST_CELLS = 20_000_000  # that are not empty: more are no use, and would not fit into memory
 BLOCK = 1 << 19  # sums of a block, and rows whose keys are made at once: what stays in the cache of a core
+CHUNK = 1 << 21  # cells, about, of the places that are counted at once
 DENSE = 1 << 22  # sums of a pair that are counted in an array; beyond, by hashing
 
 Small = NDArray[np.uint16]
@@ -78,27 +79,46 @@ class Batch:
 
 @dataclass(eq=False)
 class Totals:
-    """Sums by key: (K,) sorted keys, (K, 2 · amounts) sums and of them clicks."""
+    """Sums by key, in parts of a few places each: (K,) sorted keys, (K, 2 · amounts) sums and of them clicks.
+
+    Batches in the order of time come to few places, and new ones: what is known of others is not touched for them.
+    """
 
     amounts: int
-    keys: Codes = field(default_factory=lambda: np.zeros(0, np.int64))
-    sums: Floats = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.sums = np.zeros((0, 2 * self.amounts))
+    parts: dict[int, tuple[Codes, Floats]] = field(default_factory=dict)
+    cells: int = 0
 
     def add(self, keys: Codes, sums: Floats) -> None:
         """Add sums of keys, that are sorted and differ."""
-        at = np.searchsorted(self.keys, keys)
-        known = at < len(self.keys)
-        known[known] = self.keys[at[known]] == keys[known]
-        self.sums[at[known]] += sums[known]
-        if not known.all():
-            require_room(len(self.keys) + int((~known).sum()))
-            self.keys = np.concatenate([self.keys, keys[~known]])
-            order = np.argsort(self.keys, kind="stable")
-            self.keys = self.keys[order]
-            self.sums = np.concatenate([self.sums, sums[~known]])[order]
+        part = keys // _PART
+        starts = [0, *(np.flatnonzero(np.diff(part)) + 1).tolist()] if len(keys) else []
+        for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
+            self._add(int(part[start]), keys[start:end], sums[start:end])
+
+    def _add(self, part: int, keys: Codes, sums: Floats) -> None:
+        known_keys, known_sums = self.parts.get(part, (keys[:0], sums[:0]))
+        if np.array_equal(known_keys, keys):
+            known_sums += sums
+            return
+        at = np.searchsorted(known_keys, keys)
+        known = at < len(known_keys)
+        known[known] = known_keys[at[known]] == keys[known]
+        known_sums[at[known]] += sums[known]
+        if known.all():
+            return
+        self.cells += int((~known).sum())
+        require_room(self.cells)
+        both = np.concatenate([known_keys, keys[~known]])
+        order = np.argsort(both, kind="stable")
+        self.parts[part] = both[order], np.concatenate([known_sums, sums[~known]])[order]
+
+    def of_places(self) -> Iterator[tuple[int, Codes, Floats]]:
+        """Every place, with its keys and sums."""
+        for keys, sums in self.parts.values():
+            place = keys // _PLACE
+            starts = [0, *(np.flatnonzero(np.diff(place)) + 1).tolist()]
+            for start, end in zip(starts, [*starts[1:], len(keys)], strict=True):
+                yield int(place[start]), keys[start:end], sums[start:end]
 
 
 def require_room(cells: int) -> None:
@@ -122,9 +142,34 @@ def unpack(keys: Codes) -> tuple[Codes, Codes, Codes, Codes]:
     return rest // REPLICATES, rest % REPLICATES, left, right
 
 
-def tally(batch: Batch, pairs: Sequence[Pair]) -> tuple[Codes, Floats]:
-    """(K,) sorted keys and (K, 2 · amounts) sums of all cells of these pairs of columns that are not empty."""
+_PLACE = REPLICATES * ITEMS * ITEMS  # keys of a place
+_PART = 4 * _PLACE
+
+
+def tally(batch: Batch, pairs: Sequence[Pair]) -> list[tuple[Codes, Floats]]:
+    """(K,) sorted keys and (K, 2 · amounts) sums of all cells of these pairs of columns that are not empty: of some
+    places at a time, so that what is counted at once stays small."""
     batch = replace(batch, columns=[column.dense() for column in batch.columns]).sorted()
+    sizes = [len(column.items) for column in batch.columns]
+    rows = np.bincount(batch.place, minlength=len(batch.places))
+    most = np.minimum(rows * len(pairs), REPLICATES * sum(sizes[a] * sizes[b] for a, b in pairs))  # cells of each place
+    turn = (np.cumsum(most) - 1) // CHUNK
+    first = np.flatnonzero(np.diff(turn, prepend=-1))
+    ends = np.concatenate([[0], np.cumsum(rows)])
+    out, size = [], 0
+    for a, b in zip(first.tolist(), [*first[1:].tolist(), len(rows)], strict=True):
+        if ends[a] == ends[b]:
+            continue
+        part = batch if (a, b) == (0, len(rows)) else batch.take(np.arange(ends[a], ends[b]))
+        found = _tally(replace(part, place=part.place - a, places=batch.places[a:b]), pairs)
+        size += len(found[0])
+        require_room(size)
+        out.append(found)
+    return out
+
+
+def _tally(batch: Batch, pairs: Sequence[Pair]) -> tuple[Codes, Floats]:
+    """The same of all places at once, that the rows are sorted by."""
     sizes = tuple(len(column.items) for column in batch.columns)
     inner = len(batch.places) * 2 * REPLICATES
     found, size = [], 0

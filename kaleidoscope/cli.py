@@ -164,6 +164,12 @@ def attribute(
     control: Annotated[
         str, typer.Option("--control", metavar="NAME", help="A log's bucket that lifts are over.")
     ] = "control",
+    shares: Annotated[
+        str | None,
+        typer.Option(
+            "--shares", metavar="BUCKET=SHARE,…", help="A log's designed shares of users, to be held against."
+        ),
+    ] = None,
     since: Annotated[
         str | None, typer.Option("--from", metavar="TIME", help="A scene's exposures from then on.")
     ] = None,
@@ -192,6 +198,8 @@ def attribute(
             raise InputError(f"attribute: {source} is a file. Say what its columns mean: `--schema SCHEMA.yaml`.")
         if control != "control":
             raise InputError("attribute: --control is for logs. A scene's control bucket is called control.")
+        if shares is not None:
+            raise InputError("attribute: --shares is for logs. Those of a scene are in its releases.")
         if within is None:
             raise InputError("name the business to work in: `--business NAME`, or KALEIDOSCOPE_BUSINESS")
     elif start or end or out is None:
@@ -208,6 +216,7 @@ def attribute(
                 out,
                 model=None if model is None else Path(model),
                 control=control,
+                shares=shares,
                 seed=seed,
                 progress=progress,
                 simulated=simulated,
@@ -237,13 +246,14 @@ def attribute(
 
 @cells_group.command("build")
 def cells_build(
-    logs: Annotated[
-        list[Path], typer.Argument(metavar="LOG…", exists=True, help="Impression logs, Parquet or CSV: at least one.")
-    ],
-    schema: Annotated[
-        Path, typer.Option("--schema", exists=True, dir_okay=False, help="What their columns mean (YAML).")
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SCENE|LOG…", help="Id of a scene; with --schema, impression logs, Parquet or CSV."),
     ],
     out: Annotated[Path, typer.Option("--out", dir_okay=False, help="Parquet file for the cells.")],
+    schema: Annotated[
+        Path | None, typer.Option("--schema", exists=True, dir_okay=False, help="What logs' columns mean (YAML).")
+    ] = None,
     add: Annotated[
         Path | None,
         typer.Option("--add", exists=True, dir_okay=False, help="Earlier cells to add these to; may be --out itself."),
@@ -255,26 +265,44 @@ def cells_build(
     no_pairs: Annotated[
         bool, typer.Option("--no-pairs", help="Do not sum up pairs of user values and pairs of tags.")
     ] = False,
+    since: Annotated[
+        str | None, typer.Option("--from", metavar="DAY", help="A scene's days from then on. Default: all new ones.")
+    ] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="DAY", help="A scene's days before then.")] = None,
+    business: Annotated[
+        str | None, typer.Option("--business", help="The business to work in. Default: KALEIDOSCOPE_BUSINESS.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Although the file is there already.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Sum up logs of any size in one pass; add them to earlier sums without reading the old logs."""
+    """Sum up logs of any size, or a scene's days, in one pass; add to earlier sums without reading the old ones."""
+    from kaleidoscope.operator_cli.frame import moment_in
     from kaleidoscope.settings import load_settings
 
-    _limit_threads(load_settings().threads)
+    settings = load_settings()
+    start, end = moment_in("--from", since), moment_in("--until", until)
+    within = business or settings.business
+    if schema is None:
+        if len(sources) > 1 or Path(sources[0]).is_file():
+            raise InputError(f"cells build: say what the columns of {sources[0]} mean: `--schema SCHEMA.yaml`.")
+        if within is None:
+            raise InputError("name the business to work in: `--business NAME`, or KALEIDOSCOPE_BUSINESS")
+    elif start or end:
+        raise InputError("cells build: --from and --until are for scenes. Cut the log.")
+    elif missing := [source for source in sources if not Path(source).exists()]:
+        raise InputError(f"{missing[0]}: there is no such file or folder. Without --schema it would be a scene.")
+    _limit_threads(settings.threads)
     with _job_output(as_json) as progress:
-        from kaleidoscope.commands.cells import build_cells
+        from kaleidoscope.commands.cells import build_cells, build_scene_cells
 
-        built = build_cells(
-            logs,
-            schema,
-            out,
-            add=add,
-            period=period,
-            pairs=not no_pairs,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        how: dict[str, Any] = {"add": add, "period": period, "pairs": not no_pairs, "overwrite": overwrite}
+        if schema is not None:
+            built = build_cells([Path(source) for source in sources], schema, out, **how, progress=progress)
+        else:
+            assert within is not None
+            built = build_scene_cells(
+                settings, within, sources[0], out, since=start, until=end, **how, progress=progress
+            )
     if as_json:
         _print_json(built)
     else:

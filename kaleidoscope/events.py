@@ -22,7 +22,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
@@ -48,6 +48,8 @@ from kaleidoscope.files import make_folder, sync
 from kaleidoscope.release import ReleaseContent
 from kaleidoscope.scenes import AttributionSpec
 from kaleidoscope.tables import ClosedDays, Decision, Event, EventCount, LogPart
+from kaleidoscope.taxonomy import Mapping as TagMapping
+from kaleidoscope.taxonomy import translate_column
 
 REPLICATES = 64
 MAX_VALUE = 1e9  # of a conversion
@@ -572,6 +574,8 @@ class Shown:
 
 
 Describe = Callable[[str, int], Mapping[str, Shown]]  # scene, number of the release → its variants by id
+# (scene, number) of releases → what became of each one's tags in the newest vocabulary among theirs
+Words = Callable[[Collection[tuple[str, int]]], Mapping[tuple[str, int], TagMapping]]
 
 
 def shown_in(content: ReleaseContent) -> dict[str, Shown]:
@@ -1064,6 +1068,13 @@ def read_anew(read: Callable[[], Answer]) -> Answer:
     return read()
 
 
+def day_files(database: Database, folder: Path, *, business: str, scene: str) -> dict[str, Path | None]:
+    """The days of a scene that are compacted, in order, each with its file; None: nobody saw anything on it."""
+    with database.bulk(write=False) as connection:
+        parts = _manifest(connection, business, scene)
+    return {part.day: None if part.file is None else folder / part.file for part in parts}
+
+
 @dataclass(frozen=True)
 class ContractLog:
     """A log of the contract that was written: `kaleidoscope learn PATH --schema SCHEMA`."""
@@ -1072,6 +1083,7 @@ class ContractLog:
     schema: Path
     exposures: int
     left_out: dict[str, int]  # exposures by why they are not in it: not_learn, not_recorded, not_described
+    units: dict[int, dict[str, tuple[int, int]]]  # of one scene: release → bucket → units, new ones; left out or not
 
 
 def contract_log(
@@ -1086,13 +1098,15 @@ def contract_log(
     until: datetime | None = None,
     label: str = "click",
     control: bool = False,
+    words: Words | None = None,
 ) -> ContractLog:
     """Write the exposures that may be learned from to `out`, as exposures.parquet and schema.yaml (log_schema.py).
 
     Features, context and tags keep their own names; what is ours begins with `_`. A variant has the tags that it was
-    last shown with. Over all scenes, variants compete within their scene. `control`: with the exposures of that bucket,
-    which say nothing of preferences, and are what lifts are measured against. Raises InputError where nothing can be
-    learned from, or a name is both a feature and a tag.
+    last shown with, as the vocabulary of that release called them; with `words`, as the newest vocabulary of them all
+    does, so that a tag that was renamed in between is one. Over all scenes, variants compete within their scene.
+    `control`: with the exposures of that bucket, which say nothing of preferences, and are what lifts are measured
+    against. Raises InputError where nothing can be learned from, or a name is both a feature and a tag.
     """
     if label not in ("click", "conversion"):
         raise InputError(f"label: {label!r} is no outcome. Take click or conversion.")
@@ -1102,13 +1116,13 @@ def contract_log(
         with open_exposures(
             database, folder, business=business, describe=describe, scene=scene, since=since, until=until
         ) as duck:
-            return _write_contract(duck, out, scene, label, control)
+            return _write_contract(duck, out, scene, label, control, words)
 
     return read_anew(write)
 
 
 def _write_contract(
-    duck: duckdb.DuckDBPyConnection, out: Path, scene: str | None, label: str, control: bool
+    duck: duckdb.DuckDBPyConnection, out: Path, scene: str | None, label: str, control: bool, words: Words | None
 ) -> ContractLog:
     found = [row[0] for row in duck.execute("DESCRIBE exposures").fetchall()]
     wanted = f"(learn OR reason = '{Reason.CONTROL}')" if control else "learn"
@@ -1116,13 +1130,13 @@ def _write_contract(
     why = {"not_learn": f"NOT {wanted}", "not_recorded": f"{wanted} AND NOT recorded"}
     why["not_described"] = f"{wanted} AND recorded AND NOT described"
     sums = ", ".join(f"count(*) FILTER ({condition})" for condition in (*why.values(), usable))
-    *left, exposures = cast("tuple[int, ...]", duck.execute(f"SELECT {sums} FROM exposures").fetchone())
+    ((*left, exposures),) = duck.execute(f"SELECT {sums} FROM exposures").fetchall()
     left_out = dict(zip(why, left, strict=True))
     known: dict[str, list[str]] = {"u_": [], "c_": [], "t_": []}
     named = [column for column in found if column[:2] in known]
     tests = [f"{_name(c)} IS NOT NULL" if c[:2] != "t_" else f"len({_name(c)}) > 0" for c in named]
     sums = ", ".join(["count(*)", *(f"count(*) FILTER ({test})" for test in tests)])
-    _, *counted = cast("tuple[int, ...]", duck.execute(f"SELECT {sums} FROM exposures WHERE {usable}").fetchone())
+    ((_, *counted),) = duck.execute(f"SELECT {sums} FROM exposures WHERE {usable}").fetchall()
     for column, n in zip(named, counted, strict=True):
         if n:
             known[column[:2]].append(column)
@@ -1133,6 +1147,7 @@ def _write_contract(
             f"scene {scene!r}: no exposures to learn from: {what}{f' ({reasons})' if reasons else ''}."
             " Give a bucket that learns some traffic, and tag the materials."
         )
+    known["t_"] = _register_latest(duck, known["t_"], usable, words)
     _refuse_ambiguous([column for columns in known.values() for column in columns])
     ours = {
         "_click" if label == "click" else "_conversion": f"CAST({label} AS TINYINT)",
@@ -1144,13 +1159,11 @@ def _write_contract(
         "_bucket": "bucket",
         "_product": "product",
     }
-    tags = ", ".join(f"arg_max({_name(c)}, decided_at) AS {_name(c)}" for c in known["t_"])
     select = [f"{sql} AS {_name(name)}" for name, sql in ours.items()]
     select += [f"{_name(c)} AS {_name(c[2:])}" for c in (*known["u_"], *known["c_"])]
     select += [f"coalesce(l.{_name(c)}, []) AS {_name(c[2:])}" for c in known["t_"]]
     query = (
-        f"WITH latest AS (SELECT scene, variant_id, {tags} FROM exposures WHERE {usable} GROUP BY ALL)"
-        f" SELECT {', '.join(select)} FROM exposures e JOIN latest l USING (scene, variant_id)"
+        f"SELECT {', '.join(select)} FROM exposures e JOIN latest l USING (scene, variant_id)"
         f" WHERE {usable} ORDER BY exposed_at, decision_id"
     )
     path, schema = out / "exposures.parquet", out / "schema.yaml"
@@ -1171,7 +1184,63 @@ def _write_contract(
     }
     text = yaml.safe_dump(document, allow_unicode=True, sort_keys=False)
     schema.write_text(text, encoding="utf-8")
-    return ContractLog(path, schema, exposures, left_out)
+    return ContractLog(path, schema, exposures, left_out, {} if scene is None else _units(duck))
+
+
+def _units(duck: duckdb.DuckDBPyConnection) -> dict[int, dict[str, tuple[int, int]]]:
+    """The units that each release has seen, by the bucket in which it saw them first; and how many of these had never
+    been seen before.
+
+    Whether an exposure may be learned from makes no difference: that depends on the bucket, and would look as if units
+    were lost. What a tester asked for was not drawn.
+    """
+    found: dict[int, dict[str, tuple[int, int]]] = {}
+    query = (
+        "WITH by_unit AS (SELECT release, arg_min(bucket, (exposed_at, decision_id)) AS bucket, min(nth) = 0 AS new"
+        f" FROM exposures WHERE reason IS DISTINCT FROM '{Reason.FORCED}' GROUP BY release, unit)"
+        " SELECT release, bucket, count(*), count(*) FILTER (new) FROM by_unit GROUP BY ALL ORDER BY ALL"
+    )
+    for release, bucket, units, new in duck.execute(query).fetchall():
+        found.setdefault(int(release), {})[str(bucket)] = int(units), int(new)
+    return found
+
+
+def _register_latest(
+    duck: duckdb.DuckDBPyConnection, tags: Sequence[str], usable: str, words: Words | None
+) -> list[str]:
+    """Make `latest`, the tags that each variant was last shown with, and return its columns that hold any."""
+    packed = ", ".join(f"{_name(c)} := coalesce({_name(c)}, [])" for c in tags)
+    last = f"arg_max(struct_pack(release := release, {packed}), struct_pack(a := decided_at, b := release))"
+    query = f"SELECT scene, variant_id, {last} AS l FROM exposures WHERE {usable} GROUP BY ALL"
+    table = duck.sql(f"SELECT scene, variant_id, l.* FROM ({query}) ORDER BY ALL").to_arrow_table()
+    keys = list(zip(table["scene"].to_pylist(), table["release"].to_pylist(), strict=True))
+    became = {} if words is None else words(set(keys))
+    parts = []
+    for key in sorted(set(keys)):
+        rows = table.filter(pa.array([other == key for other in keys]))
+        columns = {name: rows[name] for name in ("scene", "variant_id")}
+        found: dict[str, pa.ChunkedArray] = {}
+        for column in tags:
+            mapping = became.get(key)
+            now = {column[2:]: rows[column]}
+            if mapping is not None:
+                now = translate_column(rows[column], column[2:], [mapping])
+            for dimension, values in now.items():
+                before = found.get(f"t_{dimension}")
+                found[f"t_{dimension}"] = values if before is None else _both(before, values)
+        parts.append(pa.table(columns | found))
+    latest = pa.concat_tables(parts, promote_options="default")
+    kept = sorted(
+        name for name in latest.column_names[2:] if (pc.max(pc.list_value_length(latest[name])).as_py() or 0) > 0
+    )
+    duck.register("latest", latest.select(["scene", "variant_id", *kept]))
+    return kept
+
+
+def _both(a: Any, b: Any) -> pa.Array:
+    """The values of two columns of lists: those of a dimension, and those that were moved there."""
+    lists = zip(a.to_pylist(), b.to_pylist(), strict=True)
+    return pa.array([sorted({*(x or ()), *(y or ())}) for x, y in lists], pa.list_(pa.string()))
 
 
 def _name(column: str) -> str:

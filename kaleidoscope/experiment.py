@@ -8,9 +8,9 @@ docs/experiments.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, fields
-from typing import NamedTuple, TypeVar
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -255,6 +255,22 @@ class Srm:
     flagged: bool
 
 
+@dataclass(frozen=True)
+class Cohort(Generic[Name]):
+    """Units that were assigned by the same shares: those seen in a release, say."""
+
+    name: str
+    units: Mapping[Name, int]  # distinct ones, by bucket
+    shares: Mapping[Name, float]  # as designed; they need not sum to 1
+    new: Mapping[Name, int] | None = None  # those of them that no earlier cohort has; None: all
+
+    @property
+    def expected(self) -> dict[Name, float]:
+        """Units by bucket if they had fallen exactly as designed."""
+        total, n = math.fsum(self.shares.values()), sum(self.units.values())
+        return {name: n * share / total for name, share in self.shares.items() if share > 0}
+
+
 def srm(
     counts: Mapping[Name, int],
     shares: Mapping[Name, float],
@@ -270,30 +286,97 @@ def srm(
 
     Raises InputError for counts that are negative, or shares that are or that sum to nothing.
     """
-    if any(count < 0 for count in counts.values()) or any(not share >= 0 for share in shares.values()):
-        raise InputError("srm: a count or a share is negative. Give units and shares by bucket, 0 or more.")
-    total = math.fsum(shares.values())
-    if not 0 < total < math.inf:
-        raise InputError("srm: no bucket has a share. Give the shares that the units were assigned by.")
-    designed = [name for name, share in shares.items() if share > 0]
-    units = sum(counts.values())
-    seen = np.array([counts.get(name, 0) for name in designed], np.float64)
-    if units > seen.sum():  # somebody is where nobody can be
-        return Srm(units, 0.0, 0.0, True)
-    if len(designed) < 2 or units == 0:
+    return srm_of([Cohort("", counts, shares)], sequential=sequential, alpha=alpha)
+
+
+def srm_of(cohorts: Iterable[Cohort[Name]], *, sequential: bool = True, alpha: float = SRM_ALPHA) -> Srm | None:
+    """The sample-ratio check where shares were changed: each cohort is held against its own. With one it is `srm`.
+
+    Of new units, each of which is in one cohort, the p-value is twice the smaller one of two: the sum of the cohorts'
+    chi-squares, which sees a fault of any of them, and the chi-square of observed − expected summed over all, which
+    sees a small one that all have (both of cohorts and buckets that expect 5 units); Bayes factors multiply. Where
+    units come again, each cohort is checked as a whole too, and that, times their number, counts as a second look. It
+    sees what is lost of units that were known, and where one bucket's come back more often.
+    """
+    seen = [cohort for cohort in cohorts if _checked(cohort) and sum(cohort.units.values()) > 0]
+    units = sum(sum(cohort.units.values()) for cohort in seen)
+    if any(n > 0 and not cohort.shares.get(name, 0) > 0 for cohort in seen for name, n in cohort.units.items()):
+        return Srm(units, 0.0, 0.0, True)  # somebody is where nobody can be
+    seen = [cohort for cohort in seen if len(cohort.expected) > 1]
+    if not seen:
         return None
-    share = np.array([shares[name] / total for name in designed])
-    expected = units * share
-    chi_square = float(((seen - expected) ** 2 / expected).sum())
-    p_value = float(chdtrc(len(designed) - 1, chi_square)) if expected.min() >= MIN_EXPECTED else None
-    prior = SRM_CONCENTRATION * share
-    log_factor = (
-        gammaln(prior.sum()) - gammaln(prior.sum() + units)
-        + (gammaln(prior + seen) - gammaln(prior) - seen * np.log(share)).sum()
-    )  # fmt: skip
-    always_valid_p = min(1.0, math.exp(min(0.0, -float(log_factor))))
+    looks = [_disjoint([cohort if cohort.new is None else replace(cohort, units=cohort.new) for cohort in seen])]
+    if len(seen) > 1 and any(cohort.new is not None for cohort in seen):
+        looks.append(_least([_disjoint([cohort]) for cohort in seen]))
+    p_value, always_valid_p = _least(looks)
     decides = always_valid_p if sequential or p_value is None else p_value
     return Srm(units, p_value, always_valid_p, decides < alpha)
+
+
+def _disjoint(cohorts: Sequence[Cohort[Name]]) -> tuple[float | None, float]:
+    """The p-values, for one look and for every look, of cohorts that no unit is in two of."""
+    cohorts = [cohort for cohort in cohorts if sum(cohort.units.values()) > 0]
+    if not cohorts:
+        return None, 1.0
+    both = [p for p in (_stratified_p(cohorts), _summed_p(cohorts)) if p is not None]
+    p_value = (both[0] if len(cohorts) == 1 else min(1.0, 2 * min(both))) if both else None
+    return p_value, min(1.0, math.exp(min(0.0, -math.fsum(map(_log_bayes_factor, cohorts)))))
+
+
+def _least(looks: Sequence[tuple[float | None, float]]) -> tuple[float | None, float]:
+    """The smallest p-values of several looks, with their number counted against them (Bonferroni)."""
+    known = [p for p, _ in looks if p is not None]
+    p_value = min(1.0, len(known) * min(known)) if known else None
+    return p_value, min(1.0, len(looks) * min(p for _, p in looks))
+
+
+def _checked(cohort: Cohort[Name]) -> bool:
+    if any(n < 0 for n in (*cohort.units.values(), *(cohort.new or {}).values())) or any(
+        not share >= 0 for share in cohort.shares.values()
+    ):
+        raise InputError("srm: a count or a share is negative. Give units and shares by bucket, 0 or more.")
+    if not 0 < math.fsum(cohort.shares.values()) < math.inf:
+        raise InputError("srm: no bucket has a share. Give the shares that the units were assigned by.")
+    return True
+
+
+def _stratified_p(cohorts: Sequence[Cohort[Name]]) -> float | None:
+    """Of the sum of chi-squares; None where every cohort has a bucket that expects fewer than 5 units."""
+    chi_square, freedom = 0.0, 0
+    for cohort in cohorts:
+        if min(cohort.expected.values()) >= MIN_EXPECTED:
+            chi_square += sum((cohort.units.get(name, 0) - e) ** 2 / e for name, e in cohort.expected.items())
+            freedom += len(cohort.expected) - 1
+    return float(chdtrc(freedom, chi_square)) if freedom else None
+
+
+def _summed_p(cohorts: Sequence[Cohort[Name]]) -> float | None:
+    """Of observed − expected over all cohorts, whose covariance is the sum of the multinomial ones; None where a bucket
+    expects fewer than 5 units."""
+    names = list(dict.fromkeys(name for cohort in cohorts for name in cohort.expected))
+    apart, total, covariance = np.zeros(len(names)), np.zeros(len(names)), np.zeros((len(names), len(names)))
+    for cohort in cohorts:
+        expected = np.array([cohort.expected.get(name, 0.0) for name in names])
+        apart += np.array([cohort.units.get(name, 0) for name in names]) - expected
+        covariance += np.diag(expected) - np.outer(expected, expected) / expected.sum()
+        total += expected
+    if total.min() < MIN_EXPECTED:
+        return None
+    scale = 1 / np.sqrt(total)  # of about 1, so that it shows which directions have no variance
+    values, vectors = np.linalg.eigh(covariance * np.outer(scale, scale))
+    free = values > 1e-9
+    return float(chdtrc(int(free.sum()), float((((apart * scale) @ vectors[:, free]) ** 2 / values[free]).sum())))
+
+
+def _log_bayes_factor(cohort: Cohort[Name]) -> float:
+    designed = np.array(list(cohort.expected.values()))
+    share = designed / designed.sum()
+    seen = np.array([cohort.units.get(name, 0) for name in cohort.expected], np.float64)
+    prior = SRM_CONCENTRATION * share
+    return float(
+        gammaln(prior.sum()) - gammaln(prior.sum() + seen.sum())
+        + (gammaln(prior + seen) - gammaln(prior) - seen * np.log(share)).sum()
+    )  # fmt: skip
 
 
 # ── power ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import functools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,7 @@ Tag = tuple[str, str]  # dimension, value
 Id = Annotated[str, Field(pattern=f"^{SLUG.pattern}$")]
 Label = Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S")]
 Factor = Literal["descriptive", "driving"]
+Key = TypeVar("Key", bound=Hashable)
 
 
 # ── the vocabulary ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -792,6 +794,13 @@ def mapping_between(session: Session, old: int, new: int) -> Mapping:
     between = TaxonomyVersion.number > old, TaxonomyVersion.number <= new
     query = _mine(session, select(TaxonomyVersion.mapping)).where(*between).order_by(TaxonomyVersion.number)
     return compose(Mapping.model_validate(entries) for entries in session.scalars(query)).within(before)
+
+
+def into_newest(session: Session, versions: MappingOf[Key, int]) -> tuple[int, dict[Key, Mapping]]:
+    """The newest of some versions' numbers, and what became of the tags of each of them in it."""
+    newest = max(versions.values())
+    between = {version: mapping_between(session, version, newest) for version in set(versions.values())}
+    return newest, {key: between[version] for key, version in versions.items()}
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,37 @@
 """`kaleidoscope cells`: a log of any size as sums that add up over days, and what the sums say by themselves.
 
-build: (earlier cells) → one pass over each log → cells in one file; show: cells → rates, main effects, preferences
+build: (earlier cells) → one pass over each log, or over a scene's new days → cells in one file
+show: cells → rates, main effects, preferences
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from datetime import UTC, datetime, time
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from attribution.cells import Cells, Table, t_quantile
+from attribution.cells import Cells, Definitions, Table, t_quantile
 from attribution.coding import Tag
 from attribution.discoveries import LEVEL
 from attribution.insights import main_effects
 from attribution.preference import PreferenceCell, preference_cells
 from attribution.replicates import REPLICATES
-from attribution.streaming import Period, stream
+from attribution.streaming import Period, stream, stream_events
+from kaleidoscope.access import operator
+from kaleidoscope.commands.exposures import existing_database
 from kaleidoscope.commands.output import Clock, make_folder
 from kaleidoscope.errors import InputError, JobError
+from kaleidoscope.events import day_files
 from kaleidoscope.log_schema import read_schema
 from kaleidoscope.progress import Progress
+from kaleidoscope.scenes import get_scene
+from kaleidoscope.settings import Settings
 from kaleidoscope.terminal import fields, table
 
 if TYPE_CHECKING:
@@ -60,35 +67,128 @@ def build_cells(
     """
     if any(_same(out, log) for log in logs):
         raise InputError(f"{out}: is the log. Choose another name for the cells.")
-    if out.exists() and not overwrite and not (add is not None and _same(out, add)):
-        raise InputError(_there(out, add))
-    clock, added, schema = Clock(progress), list[dict[str, object]](), read_schema(schema_path)
-    earlier = None if add is None else _load(add)
-    if earlier is not None:
-        _require(add, earlier, period, pairs=pairs)
-    make_folder(out.parent)
-    whole = earlier
-    definitions = None if earlier is None else earlier.definitions
-    cut: Period | None = None if period == "none" else period or "day"
-    before = () if earlier is None else earlier.periods
-    periods: set[str] = set()
+    schema = read_schema(schema_path)
+    build = _Build(out, add, period, pairs=pairs, overwrite=overwrite, clock=Clock(progress))
     for log in logs:
-        with clock(f"sum up {log.name}"):
-            cells = stream(log, schema, definitions, period=cut, pairs=pairs)
-        definitions, whole = cells.definitions, cells if whole is None else whole + cells
-        periods |= {name for name in cells.periods if name}
-        added.append({"log": str(log), "exposures": _exposures(cells)})
-    assert whole is not None  # the command takes at least one log
-    with clock("write"):
-        _write(whole, out, overwrite=overwrite or (add is not None and _same(out, add)))
-    return {
-        "file": str(out),
-        "added_to": None if add is None else str(add),
-        "logs": added,
-        "shared_periods": sorted(periods.intersection(before)),
-        **facts_of(whole),
-        "timings_s": clock.seconds,
+
+        def read(definitions: Definitions | None, log: Path = log) -> Cells:
+            return stream(log, schema, definitions, period=build.cut, pairs=pairs)
+
+        build.sum_up(log.name, read, {"log": str(log)})
+    return build.written()
+
+
+def build_scene_cells(
+    settings: Settings,
+    business: str,
+    scene: str,
+    out: Path,
+    *,
+    add: Path | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    period: Period | Literal["none"] | None = None,
+    pairs: bool = True,
+    overwrite: bool = False,
+    progress: Progress,
+) -> dict[str, object]:
+    """Sum up a scene's Parquet event log as `build_cells` does logs: the days from `since` on and before `until` that
+    are compacted and not in the earlier cells, in one pass.
+
+    Where there is no such day, the earlier cells are all there is. Raises InputError without them, and for a period
+    that is not one of whole days.
+    """
+    first, end = (None if day is None else _day(option, day) for option, day in (("--from", since), ("--until", until)))
+    caller = operator(settings.user or "kaleidoscope", business)
+    with existing_database(settings.database_url) as database, database.transaction(caller, write=False) as session:
+        get_scene(session, scene)
+    with existing_database(settings.log_url) as log_database:
+        files = day_files(log_database, settings.log_dir, business=business, scene=scene)
+    build = _Build(out, add, period, pairs=pairs, overwrite=overwrite, clock=Clock(progress))
+    names = {
+        day: f"{business}/{scene}/{day}" for day in files if (not first or day >= first) and (not end or day < end)
     }
+    known = set() if build.earlier is None else set(build.earlier.days)
+    new = [day for day, name in names.items() if name not in known]
+    if build.earlier is None and not any(files[day] for day in new):
+        raise InputError(
+            f"scene {scene!r}: no day {'in this period ' if first or end else ''}is compacted that anybody saw it on."
+            " `kaleidoscope events compact` does that, once no more events can come."
+        )
+    there = [file for day in new if (file := files[day]) is not None]
+    about = {"log": f"{business}/{scene}", "days": new, "known_days": len(names) - len(new)}
+    if there:
+
+        def read(definitions: Definitions | None) -> Cells:
+            folder = settings.log_dir / business / f"scene={scene}"
+            cells = stream_events(folder, definitions, files=there, period=build.cut, pairs=pairs)
+            return replace(cells, days=tuple(names[day] for day in new))
+
+        build.sum_up(f"{len(new):,} day{'s' * (len(new) > 1)}", read, about)
+    else:
+        build.nothing(about)
+    return build.written()
+
+
+class _Build:
+    """Cells that are being made: what there was before, and what was added so far."""
+
+    def __init__(
+        self,
+        out: Path,
+        add: Path | None,
+        period: Period | Literal["none"] | None,
+        *,
+        pairs: bool,
+        overwrite: bool,
+        clock: Clock,
+    ) -> None:
+        in_place = add is not None and _same(out, add)
+        if out.exists() and not overwrite and not in_place:
+            raise InputError(_there(out, add))
+        self.out, self.add, self.overwrite, self.clock = out, add, overwrite or in_place, clock
+        self.earlier = None if add is None else _load(add)
+        if self.earlier is not None:
+            _require(add, self.earlier, period, pairs=pairs)
+        make_folder(out.parent)
+        self.cut: Period | None = None if period == "none" else period or "day"
+        self._whole, self._logs, self._periods = self.earlier, list[dict[str, object]](), set[str]()
+        self._definitions = None if self.earlier is None else self.earlier.definitions
+
+    def sum_up(self, name: str, read: Callable[[Definitions | None], Cells], about: Mapping[str, object]) -> None:
+        """Add what one pass finds."""
+        with self.clock(f"sum up {name}"):
+            cells = read(self._definitions)
+        self._definitions = cells.definitions
+        self._whole = cells if self._whole is None else self._whole + cells
+        self._periods |= {name for name in cells.periods if name}
+        self._logs.append({**about, "exposures": _exposures(cells)})
+
+    def nothing(self, about: Mapping[str, object]) -> None:
+        """Say what would have been added."""
+        self._logs.append({**about, "exposures": 0})
+
+    def written(self) -> dict[str, object]:
+        """Write the file; what is in it, in numbers."""
+        assert self._whole is not None  # the command takes at least one log
+        with self.clock("write"):
+            _write(self._whole, self.out, overwrite=self.overwrite)
+        before = () if self.earlier is None else self.earlier.periods
+        return {
+            "file": str(self.out),
+            "added_to": None if self.add is None else str(self.add),
+            "logs": self._logs,
+            "shared_periods": sorted(self._periods.intersection(before)),
+            **facts_of(self._whole),
+            "timings_s": self.clock.seconds,
+        }
+
+
+def _day(option: str, moment: datetime) -> str:
+    whole = moment.astimezone(UTC)
+    if whole.time() != time():
+        raise InputError(f"{option}: {moment.isoformat()} is within a day (UTC), and cells are of whole ones.")
+    return whole.date().isoformat()
 
 
 def built_lines(built: Mapping[str, Any]) -> list[str | Shown]:
@@ -96,7 +196,11 @@ def built_lines(built: Mapping[str, Any]) -> list[str | Shown]:
     new = sum(log["exposures"] for log in built["logs"])
     more = "" if built["added_to"] is None else f", {new:,} of them new"
     lines: list[str | Shown] = [f"Wrote {built['file']}: {built['exposures']:,} exposures{more}.", _facts(built)]
-    shared = built["shared_periods"]
+    for log in built["logs"]:
+        if "days" in log:
+            lines.insert(1, _days_said(log))
+    # A day's exposures may have been seen a moment into the next one: that days share periods means nothing here.
+    shared = [] if any("days" in log for log in built["logs"]) else built["shared_periods"]
     if shared:
         some = ", ".join(shared[:3]) + (", …" if len(shared) > 3 else "")
         many = f"{len(shared):,} {built['definitions']['period']}{'s' * (len(shared) > 1)}"
@@ -105,6 +209,15 @@ def built_lines(built: Mapping[str, Any]) -> list[str | Shown]:
             " A log that is added twice counts twice."
         )
     return lines + [f"Note: {note}" for note in built["notes"]]
+
+
+def _days_said(log: Mapping[str, Any]) -> str:
+    days, known = log["days"], log["known_days"]
+    had = f" {known:,} {'was' if known == 1 else 'were'} in the cells already." if known else ""
+    if not days:
+        return f"No day of {log['log']} is new.{had}"
+    span = days[0] if len(days) == 1 else f"{days[0]} – {days[-1]}"
+    return f"{len(days):,} new day{'s' * (len(days) > 1)} of {log['log']}: {span}.{had}"
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +14,8 @@ from kaleidoscope.operator_cli.frame import Output, Work, command, none_of
 from kaleidoscope.terminal import table
 
 if TYPE_CHECKING:
-    from kaleidoscope.events import Describe, Dropped, Rules, Shown
+    from kaleidoscope.events import Describe, Dropped, Rules, Shown, Words
+    from kaleidoscope.taxonomy import Mapping as TagMapping
 
 events_group = typer.Typer(name="events", help="The log: decisions and what became of them.", no_args_is_help=True)
 InScene = Annotated[str | None, typer.Option("--scene", help="Only of this scene.")]
@@ -33,6 +34,18 @@ def describe_with(work: Work) -> Describe:
         return known[scene, number]
 
     return describe
+
+
+def words_with(work: Work) -> Words:
+    """What became of the tags of a business's releases in the newest vocabulary among theirs."""
+    from kaleidoscope.release import get_release, verify
+    from kaleidoscope.taxonomy import into_newest
+
+    def words(releases: Collection[tuple[str, int]]) -> Mapping[tuple[str, int], TagMapping]:
+        versions = {(scene, n): verify(get_release(work.session, scene, n)).taxonomy for scene, n in releases}
+        return into_newest(work.session, versions)[1]
+
+    return words
 
 
 def rules_of(work: Work) -> Rules:
@@ -122,6 +135,7 @@ def events_export(
             describe=describe_with(work),
             scene=scene,
             label=label,
+            words=words_with(work),
         )
     left = [f"Left out {n:,}: {why.replace('_', ' ')}" for why, n in written.left_out.items() if n]
     return Output(

@@ -18,10 +18,10 @@ from scipy.special import expit
 
 from attribution.bucket_comparison import Exposures
 from attribution.contrasts import mantel_haenszel
-from attribution.effectiveness import Direction, Effectiveness, Judgement, Measured, effectiveness
+from attribution.effectiveness import Design, Direction, Effectiveness, Judgement, Measured, effectiveness
 from attribution.lift_trends import nth
 from attribution.variant_lifts import chosen_rows
-from kaleidoscope.experiment import ArmSums, lift
+from kaleidoscope.experiment import ArmSums, Cohort, lift
 from kaleidoscope.log import Log, densify
 from kaleidoscope.simulation import Exposures as Memory
 from kaleidoscope.simulation import People, Population, example_variants, read_population
@@ -199,6 +199,56 @@ def test_lost_units_are_a_sample_ratio_mismatch() -> None:
     found = effectiveness(drawn(6, lost=0.15), shares=SHARES).other_causes
     assert found.verdict is Judgement.SIGN and found.sample_ratio is not None and found.sample_ratio.flagged
     assert "as designed" in found.reason
+
+
+def two_releases(seed: int, *, lost: float = 0.0) -> tuple[Cohort[str], ...]:
+    """The first explores, the second compares; a share of the model's units is never seen."""
+    rng, found = np.random.default_rng(seed), []
+    for number, shares in (
+        (1, {"control": 0.05, "random": 0.95}),
+        (2, {"control": 0.15, "model": 0.75, "random": 0.1}),
+    ):
+        units = dict(zip(shares, rng.multinomial(20_000, list(shares.values())).tolist(), strict=True))
+        if "model" in units:
+            units["model"] -= int(rng.binomial(units["model"], lost))
+        found.append(Cohort(f"release {number}", units, shares))
+    return tuple(found)
+
+
+def test_releases_of_different_shares_are_each_held_against_their_own() -> None:
+    log, flagged, missed = drawn(1, units=500), 0, 0
+    for seed in range(20):
+        ratio = effectiveness(log, shares=two_releases(seed)).other_causes.sample_ratio
+        assert ratio is not None and sum(ratio.units.values()) == 40_000
+        assert ratio.expected == pytest.approx({"control": 4_000, "random": 21_000, "model": 15_000})
+        flagged += ratio.flagged
+        found = effectiveness(log, shares=two_releases(seed, lost=0.08)).other_causes
+        missed += found.sample_ratio is None or not found.sample_ratio.flagged
+    assert flagged <= 1 and missed <= 1
+    assert "not fall into the buckets as designed, each of 2 releases by its own design: control " in found.sentences[0]
+    assert found.sentences[1].startswith("Furthest from it is release 2: control ")
+    text = json.loads(json.dumps(effectiveness(log, shares=two_releases(0)).to_json(), allow_nan=False))
+    assert [one["name"] for one in text["other_causes"]["sample_ratio"]["cohorts"]] == ["release 1", "release 2"]
+
+
+@pytest.mark.parametrize(
+    ("shares", "says"),
+    [
+        (None, "`--shares control=.1,random=.2,model=.7`"),
+        ((), "No release is known to have been seen by anybody"),
+        ((Cohort("release 1", {}, SHARES),), "No release is known"),
+        ((Cohort("release 1", {"random": 50}, {"random": 1.0}),), "one bucket was to get all units"),
+    ],
+)
+def test_why_there_is_no_sample_ratio_is_said(shares: Design | None, says: str) -> None:
+    found = effectiveness(drawn(1, units=500), shares=shares).other_causes
+    assert found.sample_ratio is None and says in found.missing["sample_ratio"]
+    assert found.missing["sample_ratio"] in found.sentences
+
+
+def test_shares_of_a_log_without_units_are_not_asked_for_again() -> None:
+    found = effectiveness(replace(drawn(1, units=500), unit=None), shares=SHARES).other_causes
+    assert "Name the user's column in `unit`" in found.missing["sample_ratio"]
 
 
 def test_an_imbalance_is_found_named_and_held_fixed() -> None:

@@ -101,6 +101,22 @@ def test_sums_are_those_of_the_rows(batch: tuple[pd.DataFrame, Cells]) -> None:
     assert total[cells.values.index(("age", "missing")), 0] == frame.age.isna().sum()
 
 
+@pytest.mark.parametrize("name", ["log.parquet", "log.csv"])
+@pytest.mark.parametrize("way", ["milliseconds", "offset", "time zone"])
+def test_days_are_those_of_the_times_that_a_log_in_memory_has(way: str, name: str, tmp_path: Path) -> None:
+    frame = exposures()
+    moment = pd.to_datetime(frame.time + 1_790_000_000, unit="s", utc=True)
+    there = moment.dt.tz_convert("Asia/Tokyo")
+    times = {"milliseconds": (frame.time + 1_790_000_000) * 1000, "offset": there.map(str), "time zone": there}
+    path, schema = tmp_path / name, SCHEMA.model_copy(update={"context": ()})
+    frame = frame.assign(time=times[way])
+    frame.to_csv(path, index=False) if path.suffix == ".csv" else written(frame, path)
+    read = read_log(path, schema).time
+    assert read is not None and (read == moment.map(pd.Timestamp.timestamp)).all()
+    cells = stream(path, schema)
+    assert cells.periods == tuple(sorted(moment.dt.strftime("%Y-%m-%d").unique())) and len(cells.periods) == 4
+
+
 def test_pairs_are_those_of_the_rows(batch: tuple[pd.DataFrame, Cells]) -> None:
     frame, cells = batch
     loud, flat = (cells.tags.index((t,)) for t in (("tone", "loud"), ("style", "flat")))
@@ -287,6 +303,49 @@ def test_a_log_that_supports_no_claim_is_refused(tmp_path: Path) -> None:
     assert (day + stream(path, PLAIN, day.definitions, dependent=False)).table("n")[0, 0] == 12_000
 
 
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.65, 0.8])
+def test_a_log_where_some_users_always_see_one_variant_is_refused_on_every_day(share: float, tmp_path: Path) -> None:
+    rng, n = np.random.default_rng(1), 8_000
+    always = rng.random(n) < share
+    fair = pd.DataFrame({"unit": np.arange(n), "gender": "f", "age": np.arange(n) % 9, "p": 0.5, "style": "flat",
+                         "tone": rng.choice(["calm", "loud"], n), "click": rng.random(n) < 0.2})  # fmt: skip
+    log = fair.assign(
+        tone=np.where(always, "calm", fair.tone), p=np.where(always, 1, 0.5),
+        click=(rng.random(n) < np.where(always, 0.3, 0.1)).astype(int),
+    )  # fmt: skip
+    schema = PLAIN.model_copy(update={"propensity": "p"})
+    path = written(log, tmp_path / "log.parquet")
+    with pytest.raises(LogError, match=rf"log.parquet: column 'p' has no floor: {always.mean():.0%} of the exposures"):
+        stream(path, schema)
+    fair.click = fair.click.astype(int)
+    day = stream(written(fair, tmp_path / "fair.parquet"), schema)
+    with pytest.raises(LogError, match="no floor"):
+        stream(path, schema, day.definitions)
+
+
+def test_users_whom_a_variant_never_reached_are_named(tmp_path: Path) -> None:
+    frame = exposures(20_000)
+    unseen = (frame.tone == "shy") & (frame.gender == "m")
+    with pytest.raises(LogError, match=r"no floor for users of gender = m in stratum .*: .* stand for 0% of theirs"):
+        stream(written(frame[~unseen], tmp_path / "log.parquet"), SCHEMA)
+
+
+def test_a_column_may_have_any_name(tmp_path: Path) -> None:
+    """Also those that the queries would have given to columns of theirs."""
+    frame = exposures(600)
+    names = ["t", "sample", "log", "unit_0", "f0_0", "d0_0", "s0_0", "b"]
+    other = frame.assign(**{name: np.arange(600) / 7 for name in names})
+    plain, named = (
+        stream(written(f, tmp_path / f"{i}.parquet"), SCHEMA) for i, f in enumerate((frame, other))
+    )  # fmt: skip
+    assert_equal(named, plain)
+    renamed = frame.rename(columns={"tone": "t", "style": "sample", "gender": "log", "hour": "d0_0", "bucket": "b"})
+    schema = SCHEMA.model_copy(
+        update={"variant": ("t", "sample"), "user": ("log", "age"), "context": ("d0_0",), "bucket": "b"}
+    )
+    assert len(stream(written(renamed, tmp_path / "renamed.parquet"), schema)) == len(plain)
+
+
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
@@ -390,3 +449,38 @@ def test_the_event_log_is_read_without_what_cannot_be_learned_from(tmp_path: Pat
     assert_equal(scenes[0] + scenes[1], found)
     with pytest.raises(LogError, match="no event log"):
         stream_events(path)
+
+
+def event_log(frame: pd.DataFrame, path: Path, **changed: Any) -> Path:
+    """A day of the event log with these exposures."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame({
+        "unit": frame.unit, "scene": "home", "bucket": frame.bucket, "product": "card", "propensity": frame.p,
+        "click": frame.click, "conversion": 0, "exposed_at": pd.to_datetime(frame.time, unit="s", utc=True),
+        "u_gender": frame.gender, "u_age": frame.age, "c_hour": frame.hour, "t_tone": frame.tone.map(lambda t: [t]),
+        "t_style": frame["style"].map(lambda t: [t]), "learn": True, "recorded": True, "described": True,
+    }).assign(**changed).to_parquet(path)  # fmt: skip
+    return path
+
+
+def test_days_of_the_event_log_may_lack_a_feature_but_not_have_a_new_one(tmp_path: Path) -> None:
+    first = event_log(exposures(), tmp_path / "monday.parquet")
+    cells = stream_events(first)
+    second = event_log(exposures(seed=1), tmp_path / "tuesday.parquet")
+    lacking = pd.read_parquet(second).drop(columns=["u_age", "u_gender"])
+    lacking.to_parquet(tmp_path / "lacking.parquet")
+    found = stream_events(tmp_path / "lacking.parquet", cells.definitions)
+    missing = cells.values.index(("age", "missing"))
+    assert found.table("n")[missing, 0] == len(lacking) == found.table("n")[0, 0]
+    assert (cells + found).table("n")[0, 0] == 6_000
+    new = event_log(exposures(seed=1), tmp_path / "new.parquet", u_plan="gold")
+    with pytest.raises(LogError, match="user feature 'plan' is new since the cells"):
+        stream_events(new, cells.definitions)
+
+
+def test_some_files_of_the_event_log_are_read_alone(tmp_path: Path) -> None:
+    days = [event_log(exposures(seed=i), tmp_path / f"day=1970-01-0{i + 1}" / "part-0000.parquet") for i in range(3)]
+    found = stream_events(tmp_path, files=days[1:])
+    assert found.table("n")[0, 0] == 6_000
+    apart = [stream_events(day, found.definitions) for day in days[1:]]
+    assert_equal(apart[0] + apart[1], found)

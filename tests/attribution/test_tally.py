@@ -51,13 +51,22 @@ def test_blocks_are_far_fewer_than_pairs() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"BLOCK": 1, "DENSE": 1}, {"BLOCK": 1}, {"BLOCK": 4_000}, {"BLOCK": 16, "DENSE": 9_000}]
+    "settings",
+    [{}, {"BLOCK": 1, "DENSE": 1}, {"BLOCK": 1}, {"BLOCK": 4_000}, {"BLOCK": 16, "DENSE": 9_000}, {"CHUNK": 1}],
 )
 def test_sums_do_not_depend_on_how_they_are_counted(settings: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     batch = example()
     for name, value in settings.items():
         monkeypatch.setattr(module, name, value)
-    keys, sums = tally(batch, PAIRS)
+    parts = tally(batch, PAIRS)
+    assert len(parts) == (3 if "CHUNK" in settings else 1)
+    totals = Totals(2)
+    for part in parts:
+        totals.add(*part)
+    keys, sums = (np.concatenate(of) for of in list(zip(*totals.of_places(), strict=True))[1:])
+    assert len(keys) == sum(len(part[0]) for part in parts) == totals.cells
+    order = np.argsort(keys)
+    keys, sums = keys[order], sums[order]
     assert (np.diff(keys) > 0).all()
     found = {tuple(key): row for key, row in zip(np.stack(unpack(keys), axis=1).tolist(), sums, strict=True)}
     (_, weight), click = batch.amounts, batch.click == 1
@@ -82,8 +91,12 @@ def test_totals_are_those_of_all_batches() -> None:
     totals = Totals(1)
     for keys in ([2, 5], [1, 2, 9], [5]):
         totals.add(np.array(keys), np.ones((len(keys), 2)))
-    assert totals.keys.tolist() == [1, 2, 5, 9]
-    assert totals.sums[:, 0].tolist() == [1, 2, 2, 1]
+    ((place, keys, sums),) = totals.of_places()
+    assert place == 0 and keys.tolist() == [1, 2, 5, 9] and sums[:, 0].tolist() == [1, 2, 2, 1]
+    far = pack(np.array([0, 3, 9]), *3 * [np.zeros(3, np.int64)]) + 2
+    totals.add(far, np.ones((3, 2)))
+    assert [(place, len(keys)) for place, keys, _ in totals.of_places()] == [(0, 4), (3, 1), (9, 1)]
+    assert totals.cells == 6 and next(totals.of_places())[2][:, 0].tolist() == [1, 3, 2, 1]
 
 
 def test_more_cells_than_memory_holds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -902,7 +902,7 @@ def stumbles(database, step):
         return one
     for name in ("begin", "commit"):
         sa.event.listen(database.engine, name, counted(lambda *_: None))
-    events._sync = counted(events._sync)
+    events.sync = counted(events.sync)
     Path.replace, Path.unlink = counted(Path.replace), counted(Path.unlink)
 
 def compacts(database, step):

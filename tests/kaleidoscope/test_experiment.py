@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from itertools import product
 
@@ -19,6 +20,7 @@ from kaleidoscope.experiment import (
     EXPECTED_LIFT,
     Arms,
     ArmSums,
+    Cohort,
     Traffic,
     cumulative,
     lift,
@@ -28,6 +30,7 @@ from kaleidoscope.experiment import (
     ratio,
     required_units,
     srm,
+    srm_of,
     sure_drop,
 )
 from kaleidoscope.release import Guardrail, Health
@@ -367,6 +370,93 @@ def test_sample_ratio_is_unknown_where_it_cannot_be_judged() -> None:
 def test_refuses_counts_and_shares_that_are_none(counts: dict[str, int], shares: dict[str, float]) -> None:
     with pytest.raises(InputError, match="srm"):
         srm(counts, shares)
+
+
+OLD, NEW = {"control": 0.2, "random": 0.8}, {"control": 0.15, "random": 0.1, "model": 0.75}
+
+
+def cohorts(
+    rng: np.random.Generator, *, kept: Mapping[str, float] | None = None, releases: int = 6
+) -> list[Cohort[str]]:
+    """Units of releases of two designs in turn; of a bucket only `kept` of its units are seen."""
+    found = []
+    for i in range(releases):
+        shares = (OLD, NEW)[i % 2]
+        drawn = rng.multinomial(rng.integers(2_000, 6_000), list(shares.values()))
+        units = {name: int(rng.binomial(n, (kept or {}).get(name, 1.0))) for name, n in zip(shares, drawn, strict=True)}
+        found.append(Cohort(f"release {i + 1}", units, shares))
+    return found
+
+
+def test_one_cohort_is_checked_as_ever() -> None:
+    counts = {"control": 190, "random": 110, "model": 700}
+    for sequential in (True, False):
+        assert srm_of([Cohort("all", counts, NEW)], sequential=sequential) == srm(counts, NEW, sequential=sequential)
+
+
+def test_shares_that_changed_are_flagged_no_more_often_than_said() -> None:
+    rng = np.random.default_rng(11)
+    found = [srm_of(cohorts(rng), sequential=False, alpha=0.05) for _ in range(400)]
+    flagged = np.mean([one is not None and one.flagged for one in found])
+    assert 0 < flagged <= 0.05 + 2 * (0.05 * 0.95 / 400) ** 0.5
+    pooled = cohorts(rng)
+    total = {name: sum(c.units.get(name, 0) for c in pooled) for name in NEW}
+    last = srm(total, NEW, sequential=False)
+    assert last is not None and last.flagged  # as if all had been assigned by the last design
+
+
+def test_units_that_all_releases_lose_are_found_though_none_of_them_shows_it() -> None:
+    rng, found, seen_alone = np.random.default_rng(12), 0, 0
+    for _ in range(20):
+        lost = cohorts(rng, kept={"random": 0.92}, releases=10)
+        checks = [srm_of([one], sequential=False) for one in lost]
+        whole = srm_of(lost, sequential=False)
+        assert whole is not None and whole.p_value is not None
+        found += whole.flagged
+        seen_alone += sum(one is not None and one.flagged for one in checks)
+    assert found >= 18 and seen_alone <= 0.1 * 200
+
+
+def test_faults_of_two_releases_that_cancel_out_are_found() -> None:
+    shares = {"control": 0.5, "random": 0.5}
+    there = [Cohort("release 1", {"control": 2_200, "random": 1_800}, shares)]
+    back = [Cohort("release 2", {"control": 1_800, "random": 2_200}, shares)]
+    found = srm_of(there + back, sequential=False)
+    assert found is not None and found.flagged and found.units == 8_000
+    assert found.always_valid_p < 0.001
+
+
+def test_units_that_come_again_are_checked_in_every_release_and_counted_once_where_releases_are_added() -> None:
+    rng, flagged = np.random.default_rng(13), 0
+    for _ in range(300):  # the same people in two releases: what differs by chance differs in both
+        place = rng.random(4_000)
+        old, new = place < 0.2, np.digitize(place, [0.15, 0.9])  # control | random; control | model | random
+        again = rng.random(4_000) < 0.8
+        there = rng.random(4_000) < 0.9
+        units, fresh = (
+            {name: int(((new == i) & of).sum()) for i, name in enumerate(("control", "model", "random"))}
+            for of in (there, there & ~again)
+        )
+        first = Cohort("release 1", {"control": int((old & again).sum()), "random": int((~old & again).sum())}, OLD)
+        found = srm_of([first, Cohort("release 2", units, NEW, fresh)], sequential=False, alpha=0.05)
+        assert found is not None
+        flagged += found.flagged
+    assert flagged / 300 <= 0.05 + 2 * (0.05 * 0.95 / 300) ** 0.5
+    # Those who come again are lost: nobody new shows it.
+    lost = Cohort(
+        "release 2", {"control": 540, "model": 2_100, "random": 360}, NEW, {"control": 60, "model": 300, "random": 40}
+    )
+    whole = srm_of([first, lost], sequential=False)
+    new_alone = srm_of([first, Cohort("release 2", lost.new or {}, NEW)], sequential=False)
+    assert whole is not None and whole.flagged and new_alone is not None and not new_alone.flagged
+
+
+def test_somebody_where_a_release_sends_nobody_is_a_mismatch() -> None:
+    lone = Cohort("release 1", {"control": 500, "model": 1}, {"control": 1.0})
+    found = srm_of([lone, Cohort("release 2", {"control": 150, "random": 100, "model": 750}, NEW)])
+    assert found is not None and found.flagged and found.p_value == 0
+    assert srm_of([Cohort("release 1", {"control": 500}, {"control": 1.0})]) is None
+    assert srm_of([Cohort("release 1", {}, NEW)]) is None
 
 
 # ── power ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from attribution.cells import Cells
-from attribution.streaming import stream
+from attribution.streaming import stream, stream_events
 from kaleidoscope.cli import main
+from kaleidoscope.database import Database
+from kaleidoscope.errors import InputError
+from kaleidoscope.events import compact, day_files, shown_in
 from kaleidoscope.log_schema import LogSchema
+from kaleidoscope.settings import Settings
 from tests.attribution.logs import TAGS
+from tests.kaleidoscope.commands.acme import START, content_of, platform
 
 DAY = 86_400
 COLUMNS: dict[str, Any] = {
@@ -280,3 +286,116 @@ def test_cells_that_cannot_be_written_leave_nothing(shell: Shell, built: Path, m
 def test_what_is_built_is_what_the_library_sums_up(shell: Shell, built: Path) -> None:
     expected = stream(shell.path("monday.parquet"), LogSchema(**COLUMNS))
     assert np.array_equal(Cells.load(built).sums, expected.sums)
+
+
+# ── a scene ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def platform_there(shell: Shell, sqlite_template: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Scene `home`, of which four days of ten are compacted."""
+    settings = platform(shell.folder, sqlite_template)
+    for name in ("database_url", "log_url", "log_dir", "business"):
+        monkeypatch.setenv(f"KALEIDOSCOPE_{name.upper()}", str(getattr(settings, name) or "acme"))
+    close(settings, 4)
+    return settings
+
+
+def close(settings: Settings, days: int) -> None:
+    """Compact these days of the scene's."""
+    with Database(settings.log_url) as database:
+        compact(
+            database, settings.log_dir, business="acme", now=START + timedelta(days=days + 8),
+            describe=lambda scene, number: shown_in(content_of(scene)),
+        )  # fmt: skip
+        assert len(day_files(database, settings.log_dir, business="acme", scene="home")) == days
+
+
+def scene(shell: Shell, *argv: object) -> dict[str, Any]:
+    code, out, err = shell.run("build", "home", *argv, "--json")
+    assert code == 0, out + err
+    return dict(json.loads(out))
+
+
+def assert_same(a: Cells, b: Cells) -> None:
+    assert a.days == b.days and (a.strata, a.periods, a.tags) == (b.strata, b.periods, b.tags)
+    for table in ("main", "value_pairs", "tag_pairs"):
+        assert np.array_equal(getattr(a, table).codes, getattr(b, table).codes)
+        assert getattr(a, table).sums == pytest.approx(getattr(b, table).sums)
+
+
+def test_a_scenes_new_days_are_added_without_reading_the_old_ones(shell: Shell, platform_there: Settings) -> None:
+    out, folder = shell.path("cells.parquet"), platform_there.log_dir / "acme" / "scene=home"
+    first = scene(shell, "--out", out)
+    assert first["logs"][0]["days"] == [f"2030-01-1{i}" for i in range(4)] and first["exposures"] == 2_400
+    close(platform_there, 7)
+    kept = {path: path.read_bytes() for path in folder.rglob("*.parquet")}
+    for path in kept:
+        if path.parent.name <= "day=2030-01-13":
+            path.write_bytes(b"PAR1 nothing of a file PAR1")
+    added = scene(shell, "--add", out, "--out", out)
+    for path, content in kept.items():
+        path.write_bytes(content)
+    (log,) = added["logs"]
+    assert log == {"log": "acme/home", "days": ["2030-01-14", "2030-01-15", "2030-01-16"], "known_days": 4,
+                   "exposures": 1_800}  # fmt: skip
+    assert added["exposures"] == 4_200
+    whole = replace(
+        stream_events(folder, Cells.load(out).definitions), days=tuple(f"acme/home/2030-01-1{i}" for i in range(7))
+    )
+    assert_same(Cells.load(out), whole)
+
+
+def test_a_day_is_never_added_twice(shell: Shell, platform_there: Settings) -> None:
+    out = shell.path("cells.parquet")
+    scene(shell, "--out", out)
+    before = Cells.load(out)
+    code, said, _ = shell.run("build", "home", "--add", out, "--out", out)
+    assert code == 0 and "No day of acme/home is new. 4 were in the cells already." in said
+    assert_same(Cells.load(out), before)
+    with pytest.raises(InputError, match=r"acme/home/2030-01-10, acme/home/2030-01-11, acme/home/2030-01-12, … are in"):
+        _ = before + before
+
+
+def test_days_are_chosen_and_those_in_between_added_later(shell: Shell, platform_there: Settings) -> None:
+    out, all_of_it = shell.path("cells.parquet"), shell.path("all.parquet")
+    chosen = scene(shell, "--out", out, "--from", "2030-01-11", "--until", "2030-01-13")
+    assert chosen["logs"][0]["days"] == ["2030-01-11", "2030-01-12"] and chosen["periods"] == [
+        "2030-01-11",
+        "2030-01-12",
+    ]
+    code, said, _ = shell.run("build", "home", "--add", out, "--out", all_of_it)
+    assert code == 0 and "2 new days of acme/home: 2030-01-10 – 2030-01-13. 2 were in the cells already." in said
+    assert "counts twice" not in said
+    assert Cells.load(all_of_it).table("n")[0, 0] == 2_400 and len(Cells.load(all_of_it).days) == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["home", "--from", "2030-02-01"], "scene 'home': no day in this period is compacted"),
+        (["home", "--from", "2030-01-11T12:00"], "--from: 2030-01-11T12:00:00+00:00 is within a day (UTC)"),
+        (["home", "shop"], "say what the columns of home mean"),
+        (["elsewhere"], "elsewhere"),
+        (["home", "--schema", "schema.yaml"], "home: there is no such file or folder. Without --schema it would be a"),
+        (["schema.yaml", "--schema", "schema.yaml", "--from", "2030-01-11"], "--from and --until are for scenes"),
+        (["schema.yaml"], "--schema SCHEMA.yaml"),
+    ],
+)
+def test_what_cannot_be_summed_up_of_a_scene_is_said(
+    shell: Shell, platform_there: Settings, monkeypatch: pytest.MonkeyPatch, argv: list[str], says: str
+) -> None:
+    monkeypatch.chdir(shell.folder)
+    code, out, _ = shell.run("build", *argv, "--out", "cells.parquet", "--json")
+    assert code in (1, 2) and says in json.loads(out)["error"]["message"]
+    assert not shell.path("cells.parquet").exists()
+
+
+def test_a_scene_without_compacted_days_says_what_compacts_them(
+    shell: Shell, sqlite_template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = platform(shell.folder, sqlite_template)
+    for name in ("database_url", "log_url", "log_dir"):
+        monkeypatch.setenv(f"KALEIDOSCOPE_{name.upper()}", str(getattr(settings, name)))
+    code, out, _ = shell.run("build", "home", "--business", "acme", "--out", shell.path("cells.parquet"), "--json")
+    assert code == 2 and "`kaleidoscope events compact` does that" in json.loads(out)["error"]["message"]
