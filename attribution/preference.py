@@ -8,11 +8,13 @@ Q among all of them, less those that a correlated user field or tag explains, wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+from scipy.linalg import block_diag
+from scipy.sparse import csr_array
 from threadpoolctl import threadpool_limits
 
 from attribution.cells import SUMS, Cells, t_quantile
@@ -20,11 +22,13 @@ from attribution.coding import Coded, Segment, Tag, UserField
 from attribution.discoveries import LEVEL, Examined, Search, benjamini_hochberg
 from attribution.insights import Diagnostics, Insight, attribution_of
 from attribution.insights import without_noise as pairs_without_noise
+from attribution.logistic import LEAST_DESIGN_EFFECT
 from attribution.replicates import REPLICATES
-from attribution.screening import LEAST_DESIGN_EFFECT, MIN_EXPECTED, POOLED_CLICKS, screen
+from attribution.screening import MIN_EXPECTED, POOLED_CLICKS, screen
 from kaleidoscope.log import Codes, Floats, factorise, sums
+from kaleidoscope.vocabulary import Method
 
-PREFERENCE = "preference"
+LEAST_EXPECTED = 3.0  # clicks that have to be expected of a cell whose own ratio is told
 LEAST_CLICKS = 0.5  # a cell without clicks counts as if it had so many where its value is drawn to 1
 PRIOR_SDS = 0.02 * 2 ** np.arange(0, 7, 0.5)  # of log ratios: nobody's taste is exactly everybody's
 ROUNDS = 200
@@ -32,7 +36,7 @@ ROUNDS = 200
 
 @dataclass(frozen=True)
 class PreferenceCell:
-    """A segment's taste for a tag; None is unknown: never shown (n = 0), or without a click."""
+    """A segment's taste for a tag; None is unknown: never shown (n = 0), without a click, or with too few expected."""
 
     segment: Mapping[str, str]
     tag: Mapping[str, str]
@@ -47,6 +51,10 @@ class PreferenceCell:
     shrunk: float | None  # drawn to 1 by what tastes are like in its (field, dimension)
     shrunk_low: float | None
     shrunk_high: float | None
+    # As the exposures count, weighted by their propensity: as if the tag had been shown to everybody alike.
+    share: float | None = None  # of the tag's exposures, how many are the segment's
+    click_share: float | None = None  # of the clicks on it
+    independent: float | None = None  # as how many independent exposures `n` count (Kish 1965; by unit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +65,10 @@ class PreferenceResult:
     diagnostics: Diagnostics
     cells: tuple[PreferenceCell, ...]  # by field, segment, tag: all of them
     prior_sd: Mapping[tuple[str, str], float]  # of log preferences by (field, dimension; several joined by "+")
+    segments: tuple[Segment, ...] = ()  # S: all of all fields
+    overlap: Floats = field(
+        default_factory=lambda: np.zeros((0, 0))
+    )  # (S, S) the share of users in both, as they count
 
 
 def preferences(coded: Coded, cells: Cells | None = None) -> PreferenceResult:
@@ -64,15 +76,17 @@ def preferences(coded: Coded, cells: Cells | None = None) -> PreferenceResult:
 
     An insight's `effect` is what the contract says of all insights, exp(γ) − 1 of the joint logistic model, so that
     methods can be compared; it is reported where its preference is significant among all preferences looked at *and*
-    it stays in the joint model. `q_value` is the larger one of the two, and `importance` the absolute logarithm of the
-    preference once it is drawn to 1.
+    it stays in the joint model. `q_value` is the larger one of the two, and `importance` the logarithm of the
+    preference once it is drawn to 1: what this method itself says, which may have another sign than `effect`.
     """
     with threadpool_limits(1, "blas"):
         cells = Cells.of(coded) if cells is None else cells
         ratios = _ratios(cells, coded)
         shrunk = _Shrunk.of(ratios, coded.fields, coded.tags)
         insights, diagnostics = _insights(coded, cells, ratios, shrunk)
-    return PreferenceResult(insights, diagnostics, _cells(ratios, coded.tags, shrunk), shrunk.prior_sd)
+    return PreferenceResult(
+        insights, diagnostics, _cells(ratios, coded.tags, shrunk), shrunk.prior_sd, *_overlaps(coded)
+    )
 
 
 def preference_cells(cells: Cells) -> tuple[PreferenceCell, ...]:
@@ -135,8 +149,8 @@ def _insights(coded: Coded, cells: Cells, ratios: _Ratios, shrunk: _Shrunk) -> t
         value = float(shrunk.value[cell_of[pair]])
         insights.append(
             replace(
-                insight, q_value=max(q, insight.q_value), methods=(PREFERENCE,),
-                importance={PREFERENCE: abs(value)},
+                insight, q_value=max(q, insight.q_value), methods=(Method.PREFERENCE,),
+                importance={Method.PREFERENCE: value},
             )
         )  # fmt: skip
     return tuple(insights), replace(found.diagnostics, examined=examined)
@@ -153,11 +167,14 @@ def _cells(ratios: _Ratios, tags: Sequence[Tag], shrunk: _Shrunk) -> tuple[Prefe
     with np.errstate(divide="ignore", invalid="ignore"):
         centre = (rate + reach**2 / (2 * size)) / (1 + reach**2 / size)
         half = reach / (1 + reach**2 / size) * np.sqrt(rate * (1 - rate) / size + reach**2 / (4 * size**2))
+        # Of hardly any expected clicks, only those cells have a ratio that got one: too high, whatever its error.
+        value = np.where(size * rate / np.exp(ratios.value) < LEAST_EXPECTED, np.nan, ratios.value)
         columns = [
             known(values)
             for values in (
-                rate, centre - half, centre + half, np.exp(ratios.value), np.exp(ratios.value - reach * ratios.se),
-                np.exp(ratios.value + reach * ratios.se), np.exp(shrunk.value), np.exp(shrunk.low), np.exp(shrunk.high),
+                rate, centre - half, centre + half, np.exp(value), np.exp(value - reach * ratios.se),
+                np.exp(value + reach * ratios.se), np.exp(shrunk.value), np.exp(shrunk.low), np.exp(shrunk.high),
+                ratios.share, ratios.click_share, ratios.independent,
             )
         ]  # fmt: skip
     return tuple(
@@ -166,6 +183,21 @@ def _cells(ratios: _Ratios, tags: Sequence[Tag], shrunk: _Shrunk) -> tuple[Prefe
             ratios.segments, ratios.tags.tolist(), ratios.n, ratios.clicks, *columns, strict=True
         )
     )
+
+
+def _overlaps(coded: Coded) -> tuple[tuple[Segment, ...], Floats]:
+    """All segments, and the share of users in each two of them."""
+    if not coded.fields:
+        return (), np.zeros((0, 0))
+    starts = np.cumsum([0, *(len(f.labels) for f in coded.fields)])
+    width = len(coded.fields)
+    values = np.stack(coded.codes, axis=1) + starts[:-1]  # (n, F)
+    shape = len(coded), int(starts[-1])
+    ones = csr_array((np.ones(values.size), values.ravel(), np.arange(0, values.size + 1, width)), shape=shape)
+    weighted = csr_array((np.repeat(coded.size, width), ones.indices, ones.indptr), shape=shape)
+    both = (ones.T @ weighted).toarray() / coded.size.sum()
+    membership = block_diag(*(f.membership for f in coded.fields))  # (S, values)
+    return tuple(s for f in coded.fields for s in f.segments), membership @ both @ membership.T
 
 
 def _ratios(cells: Cells, coded: Coded) -> _Ratios:
@@ -185,6 +217,8 @@ class _Ratios:
     clicks: Floats
     shown: Floats  # the same, weighted
     rate: Floats  # weighted clicks over `shown`; NaN where nothing was shown
+    share: Floats  # of what everybody was `shown` of the tag; NaN where it was not
+    click_share: Floats  # of everybody's weighted clicks on it
     independent: Floats  # as how many independent exposures those count
     value: Floats  # log preference; NaN where there are no clicks
     se: Floats  # of `drawn`
@@ -211,11 +245,13 @@ class _Ratios:
         whole = everyone.spread(of_all, of_all)
         all_by_replicate = None if one_row_per_unit else everyone.by_replicate(cells)
         place = {name: i for i, name in enumerate(cells.values)}
-        for field in fields:
-            for segment in field.segments:
-                values = np.array([place.get((field.name, field.labels[v]), -1) for v in segment.values])
+        for user in fields:
+            for segment in user.segments:
+                values = np.array([place.get((user.name, user.labels[v]), -1) for v in segment.values])
                 table = _Table.of(cells, values, chosen)
                 column = table.column(everyone)
+                column["share"] = column["shown"] / everyone.shown[:, 1:].sum(axis=0)
+                column["click_share"] = _over(column["weighted"], everyone.weighted[:, 1:].sum(axis=0))
                 own = table.influence()
                 column["variance"] = table.spread(own, own) - 2 * table.spread(own, of_all) + whole
                 if all_by_replicate is not None:
@@ -231,7 +267,7 @@ class _Ratios:
     def _tested(cls, segments: tuple[Segment, ...], tags: Codes, c: Mapping[str, Floats]) -> _Ratios:
         if not segments or not len(tags):
             none = np.zeros(0)
-            return cls((), np.zeros(0, np.int64), *(none,) * 9, np.zeros(0, bool), 0.0)
+            return cls((), np.zeros(0, np.int64), *(none,) * 11, np.zeros(0, bool), 0.0)
         design_effect, reach = np.ones(len(tags)), float(stats.norm.isf((1 - LEVEL) / 2))
         with np.errstate(divide="ignore", invalid="ignore"):
             quarters = np.stack([
@@ -261,9 +297,10 @@ class _Ratios:
                 z = np.sign(z) * stats.norm.isf(stats.t.sf(np.abs(z), REPLICATES - 1))
             enough &= np.isfinite(z)
             rate = c["weighted"] / c["shown"]
-            independent = c["shown"] ** 2 / c["square"] / design_effect
+            independent = np.where(c["n"] > 0, c["shown"] ** 2 / c["square"] / design_effect, 0.0)
         return cls(
-            segments, tags, c["n"], c["clicks"], c["shown"], rate, independent, c["value"], se, c["drawn"],
+            segments, tags, c["n"], c["clicks"], c["shown"], rate, c["share"], c["click_share"], independent,
+            c["value"], se, c["drawn"],
             np.where(enough, z, 0.0), enough, reach,
         )  # fmt: skip
 

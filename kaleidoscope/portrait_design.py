@@ -1,6 +1,6 @@
 """What to design for some users in a scene, by a portrait of it; and which tags were never tried enough to know.
 
-Nothing is stored here: a portrait (portraits.py) is read, and what it says is put together for one user.
+Nothing is stored here: a portrait (portraits.py) is read, and what follows from it for one user (expectation.py) told.
 """
 
 from __future__ import annotations
@@ -8,17 +8,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal
 
 from sqlalchemy import select
 
 from kaleidoscope import wording
 from kaleidoscope.database import Session
 from kaleidoscope.errors import InputError
+from kaleidoscope.expectation import Evidence
 from kaleidoscope.portraits import (
     CellView,
+    Moment,
     PortraitView,
     Reading,
     TagNow,
@@ -34,10 +35,7 @@ from kaleidoscope.vocabulary import ReviewState
 from kaleidoscope.wording import Language, Names, ends_of
 
 MISSING = "missing"  # the label of a segment of whom a field is not known
-JOINT = "statistics"  # the method whose insights are of one model, so that they add
 LEVEL_DIFFERENCE, POWER, ALPHA = 0.2, 0.8, 0.05  # what a tag has to be shown often enough to see
-MOST_LOGIT = 25.0  # an end of an interval beyond says no more, and what is made of several stays a number
-OVERLAP = 1.01  # exposures of a dimension's values over all exposures, up to which they exclude each other
 
 Reason = Literal["never", "too_few", "not_compared"]
 Where = Literal["scene", "library", "nobody"]
@@ -78,7 +76,7 @@ class DesignTag(View):
     high: float | None
     insights: list[PartView]
     weaker: list[WeakerView]
-    n: int | None  # exposures of such users to it, at most
+    n: int | None  # independent exposures of such users to it, at most: what they saw, weighted by propensity
     enough: bool | None  # whether that shows a difference of 20 %
     sentence: str
 
@@ -96,7 +94,7 @@ class Untried(View):
 
     tag: dict[str, str]
     reason: Reason
-    n: int | None  # exposures of such users, at most
+    n: int | None  # independent exposures of such users, at most
     where: Where  # who could show it: materials of the scene, others of the library, or nobody yet
     sentence: str
 
@@ -126,27 +124,31 @@ def design_for(
     attributes: Mapping[str, object],
     *,
     number: int | None = None,
+    at: Moment | None = None,
     language: Language = "en",
 ) -> Design:
-    """What to design for users with these attributes, by a portrait of the scene (by default the newest).
+    """What to design for users with these attributes, by a portrait of the scene (by default the newest; `number` and
+    `at` are find_portrait's).
 
     A value of None (or an empty text) is one that is known to be missing. On the logit scale a tag is expected to do
-    what it does with everybody; plus every insight about a segment that the user is in, less what the average already
-    holds of each insight, log(1 − s + s·exp(γ)) at its segment's share s of the tag's exposures; less the same of the
-    other values of its dimension, by their share of the clicks on what was shown in its place. Insights of one tag add
-    where they are of method `statistics`, whose model holds all of them; of what only other methods found the surest
-    of each user field counts. Their covariances are not stored: the interval adds the intervals of the parts, which is
-    right if all err together, and wider than need be otherwise. Fields that are not among the attributes are averaged
-    over, as users are in the log.
+    what it does with everybody, plus how these users differ from everybody by the insights: click rates of all kinds
+    of users with all values of the dimension are put together (kinds.py) so that everybody's rate with each value, each
+    segment's rate, and the insights' odds ratios hold. All of these are as if every variant had been shown to everybody
+    alike: what a model liked to show is weighed out. Insights of one tag add where they are of method `statistics`,
+    whose model holds all of them; of what only other methods found the surest of each user field counts. Their
+    covariances are not stored: the interval adds what each part's interval does, which is right if all err together,
+    and wider than need be otherwise. Fields that are not among the attributes are averaged over.
 
     Raises InputError for an attribute that the portrait does not know, naming those it knows, and for a value that is
     no number where it has to be; NotFoundError where there is no such scene or portrait.
     """
-    reading = Reading(session, find_portrait(session, scene_id, number), language)
+    reading = Reading(session, find_portrait(session, scene_id, number, at), language)
     told, labels, notes = _labels_of(reading.portrait.segments, attributes, language)
     segments: list[dict[str, str]] = reading.portrait.segments
     inside = {i for i, s in enumerate(segments) if s and all(s[f] in labels.get(f, ()) for f in s)}
-    wanted = reading.query.where(PortraitRow.segment.in_([0, *inside]) | PortraitRow.effect.is_not(None))
+    with_insights = set(session.scalars(reading.query.where(PortraitRow.effect.is_not(None))
+                                        .with_only_columns(PortraitRow.segment).distinct()))  # fmt: skip
+    wanted = reading.query.where(PortraitRow.segment.in_([0, *inside, *with_insights]))
     cells = list(session.scalars(wanted.order_by(PortraitRow.position)))
     about = _About(reading, inside, cells, {field: MISSING if v is None else v for field, v in told.items()})
     dimensions = about.dimensions()
@@ -215,85 +217,25 @@ def _number(field: str, text: str) -> float:
     return value
 
 
-class _Logit(NamedTuple):
-    """An estimate on the logit scale, with its interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of_effect(cls, row: PortraitRow) -> _Logit:
-        """Of exp(γ) − 1."""
-        return cls(*(_log1p(effect) for effect in (row.effect, row.effect_low, row.effect_high)))
-
-    @classmethod
-    def of_ratio(cls, row: PortraitRow) -> _Logit:
-        """Of a ratio of click rates minus 1, at the click rate that was seen with the tag."""
-        return cls(*(_log_odds(effect, row.ctr) for effect in (row.effect, row.effect_low, row.effect_high)))
-
-    def beside_average(self, share: float, *, inside: bool) -> Self:
-        """What it adds to the average over all users for one who is inside of its segment, or outside; `share` of
-        them are inside. Odds average, not their logarithms."""
-        value, *ends = (inside * x - math.log1p(share * math.expm1(x)) for x in self)
-        return type(self)(value, *sorted(ends))
-
-    def plus(self, other: Self) -> Self:
-        """Both, as if they erred together."""
-        return type(self)(*(_bounded(a + b) for a, b in zip(self, other, strict=True)))
-
-    def minus(self, other: Self) -> Self:
-        """The difference, as if they erred apart."""
-        turned = type(self)(-other.value, -other.high, -other.low)
-        return self.plus(turned)
-
-
-def _log1p(effect: float | None) -> float:
-    return _bounded(math.log1p(max(-1.0 + 1e-12, effect or 0.0)))
-
-
-def _bounded(logit: float) -> float:
-    return min(max(logit, -MOST_LOGIT), MOST_LOGIT)
-
-
-def _log_odds(effect: float | None, rate: float | None) -> float:
-    """The log-odds ratio of clicks at `rate` against clicks at rate / (1 + effect)."""
-    log_ratio = _log1p(effect)
-    without = None if rate is None else rate / math.exp(log_ratio)
-    if rate is None or without is None or not 0 < rate < 1 or not 0 < without < 1:
-        return log_ratio
-    return log_ratio + math.log1p(-without) - math.log1p(-rate)
-
-
-@dataclass
-class _About:
-    """What a portrait says about a user who is in the segments `inside`."""
-
-    reading: Reading
-    inside: set[int]
-    cells: Sequence[PortraitRow]  # of everybody and of those segments, and all insights
-    users: Names  # the user's attributes
-
-    @cached_property
-    def by_tag(self) -> dict[int, list[PortraitRow]]:
-        """The cells of each tag, but for those of several tags at once."""
-        found: dict[int, list[PortraitRow]] = defaultdict(list)
-        for row in self.cells:
-            if not row.crossed:
-                found[row.tag].append(row)
-        return found
+class _About(Evidence):
+    """What a portrait says about a user, told."""
 
     @cached_property
     def click_rate(self) -> float | None:
-        """Of the rarest of the user's segments; of everybody where there is none."""
-        found: dict[int, list[PortraitRow]] = defaultdict(list)
-        for row in self.cells:
-            if row.clicks is not None and row.n and not row.crossed and row.segment in (self.inside or {0}):
-                found[row.segment].append(row)
-        if not found:
-            return None
-        rarest = min(found.values(), key=lambda rows: sum(row.n for row in rows) / len(rows))
-        return sum(row.clicks or 0 for row in rarest) / sum(row.n for row in rarest)
+        """Of the rarest of the user's segments, were every variant shown alike; of everybody where there is none."""
+        found: dict[int, list[tuple[float, float, float]]] = defaultdict(list)
+        for tag, main in self.mains.items():
+            for row in self.by_tag[tag]:
+                told = row.segment in (self.inside or {0}) and None not in (main.share, row.share, row.ctr)
+                if told:
+                    size = (main.share or 0.0) * ((row.share or 0.0) if row.segment else 1.0)
+                    found[row.segment].append((size, size * (row.ctr or 0.0), main.share or 0.0))
+        rates = [
+            (size / of, clicks / size)
+            for size, clicks, of in (map(sum, zip(*rows, strict=True)) for rows in found.values())
+            if size > 0
+        ]
+        return min(rates)[1] if rates else None
 
     @cached_property
     def needed(self) -> int | None:
@@ -309,23 +251,24 @@ class _About:
 
     @cached_property
     def seen(self) -> dict[Tag, int]:
-        """How often, at most, such users saw each tag value: the least of what the segments they are in saw."""
-        found: dict[Tag, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+        """What such users saw of each tag value, at most: the least of what the segments they are in saw, in exposures
+        that are independent and equally weighted. Of a model's favourite they saw more, and learned less."""
+        found: dict[Tag, dict[int, float]] = defaultdict(lambda: defaultdict(float))
         for tag, rows in self.by_tag.items():
             for row in rows:
-                if row.segment in (self.inside or {0}):
+                if row.segment in (self.inside or {0}) and row.independent is not None:
                     for part in dict.fromkeys(self.reading.tags[tag].parts):
-                        found[part][row.segment] += row.n
-        return {part: min(counts.values()) for part, counts in found.items()}
+                        found[part][row.segment] += row.independent
+        return {part: math.ceil(min(counts.values())) for part, counts in found.items()}
 
     def dimensions(self) -> list[DesignDimension]:
         """The tags that can be given today, by dimension in the vocabulary's order, best first."""
         found: dict[str, list[DesignTag]] = defaultdict(list)
-        for tag, rows in self.by_tag.items():
+        for tag in self.by_tag:
             now = self.reading.tags[tag]
             if now.status in ("split", "retired"):
                 continue
-            made = self._tag(tag, now, rows)
+            made = self._tag(tag, now)
             for dimension in now.tag:
                 found[dimension].append(made)
         order = {d.id: i for i, d in enumerate(self.reading.vocabulary.dimensions)}
@@ -342,60 +285,10 @@ class _About:
         dimension = self.reading.vocabulary.dimension(dimension_id)
         return dimension_id if dimension is None else getattr(dimension.labels, self.reading.language)
 
-    @cached_property
-    def mains(self) -> dict[int, PortraitRow]:
-        """The main effect of each tag that has one."""
-        return {row.tag: row for row in self.cells if row.segment == 0 and row.effect is not None and not row.crossed}
-
-    @cached_property
-    def insights(self) -> dict[int, list[PortraitRow]]:
-        """The insights about each tag that has a main effect, which add."""
-        return {
-            tag: _adding([row for row in self.by_tag[tag] if row.segment and row.effect is not None], self._fields)
-            for tag in self.mains
-        }
-
-    @cached_property
-    def deviations(self) -> dict[int, _Logit]:
-        """How far the user deviates from the average user, by tag; of what is not said of the user, not at all."""
-        found = {}
-        for tag, rows in self.insights.items():
-            total = _Logit(0.0, 0.0, 0.0)
-            for row in rows:
-                if not self.users.keys() >= set(self._fields(row)):
-                    continue
-                share = min(1.0, row.n / max(self.mains[tag].n, 1))
-                inside = row.segment in self.inside
-                total = total.plus(_Logit.of_effect(row).beside_average(share, inside=inside))
-            found[tag] = total
-        return found
-
-    def _in_its_place(self, tag: int) -> dict[int, float]:
-        """The other values of a dimension of the tag's in which they exclude each other, by their share of the clicks
-        on what was shown in its place. Where several are shown at once, the others are as frequent with it as without.
-        """
-        names = self.reading.portrait.tags
-        for dimension in names[tag]:
-            shown = {other: main for other, main in self.mains.items() if dimension in names[other]}
-            if sum(main.n for main in shown.values()) <= OVERLAP * self.reading.portrait.exposures:
-                shown.pop(tag, None)
-                counted = all(main.clicks is not None for main in shown.values())
-                clicks = {other: (main.clicks or 0) if counted else main.n for other, main in shown.items()}
-                total = sum(clicks.values())
-                return {other: n / total for other, n in clicks.items() if n}
-        return {}
-
-    def _tag(self, tag: int, now: TagNow, rows: Sequence[PortraitRow]) -> DesignTag:
-        main = self.mains.get(tag)
-        total: _Logit | None = None
-        parts: list[PartView] = []
-        if main is not None:
-            place = self._in_its_place(tag)
-            total = _Logit.of_ratio(main).plus(self.deviations[tag])
-            if place:
-                total = total.minus(_mean({other: self.deviations[other] for other in place}, place))
-            counted = [row for one in (tag, *place) for row in self.insights[one]]
-            parts = [self._part(row) for row in counted if row.segment in self.inside]
+    def _tag(self, tag: int, now: TagNow) -> DesignTag:
+        main, total = self.mains.get(tag), self.expected(tag)
+        parts = [self._part(row) for row in self.about(tag) if row.segment in self.inside]
+        told = {field for row in self.about(tag) for field in self.fields(row)}
         counts = [self.seen[part] for part in now.parts if part in self.seen]
         n = min(counts, default=None)
         enough = None if n is None or self.needed is None else n >= self.needed
@@ -407,7 +300,7 @@ class _About:
             high,
             len(parts),
             # Of the main effect: beside what is known of such users it says nothing of what is expected.
-            q_value=main.q_value if main is not None and total == _Logit.of_ratio(main) else None,
+            q_value=main.q_value if main is not None and not told & self.users.keys() else None,
             too_few=n if enough is False else None,
             language=self.reading.language,
         )
@@ -420,16 +313,13 @@ class _About:
             low=low,
             high=high,
             insights=parts,
-            weaker=self._weaker(rows),
+            weaker=self._weaker(tag),
             n=n,
             enough=enough,
             sentence=self.reading.join(
                 sentence, wording.status_sentence(now.status, was, language=self.reading.language)
             ),
         )
-
-    def _fields(self, row: PortraitRow) -> tuple[str, ...]:
-        return tuple(sorted(self.reading.portrait.segments[row.segment]))
 
     def _part(self, row: PortraitRow) -> PartView:
         return PartView.model_validate(
@@ -440,13 +330,8 @@ class _About:
             }
         )
 
-    def _weaker(self, rows: Sequence[PortraitRow]) -> list[WeakerView]:
+    def _weaker(self, tag: int) -> list[WeakerView]:
         """Of each user field the preference of the rarest segment that the user is in."""
-        rarest: dict[tuple[str, ...], PortraitRow] = {}
-        for row in rows:
-            fields = self._fields(row)
-            if row.segment in self.inside and row.shrunk is not None:
-                rarest[fields] = min(rarest.get(fields, row), row, key=lambda r: r.n)
         return [
             WeakerView(
                 segment=self.reading.portrait.segments[row.segment],
@@ -455,7 +340,7 @@ class _About:
                 high=row.shrunk_high,
                 n=row.n,
             )
-            for _, row in sorted(rarest.items())
+            for _, row in sorted(self.rarest(tag).items())
         ]
 
     def together(self) -> list[PortraitRow]:
@@ -468,23 +353,6 @@ class _About:
             and row.segment in self.inside
             and self.reading.tags[row.tag].status not in ("split", "retired")
         ]
-
-
-def _mean(logits: Mapping[int, _Logit], shares: Mapping[int, float]) -> _Logit:
-    """Of odds, by their shares."""
-    return _Logit(*(math.log(sum(shares[i] * math.exp(one[end]) for i, one in logits.items())) for end in range(3)))
-
-
-def _adding(rows: Sequence[PortraitRow], fields: Any) -> list[PortraitRow]:
-    """Those insights about one tag that add: of one model, or the surest about a user field, where none is of it."""
-    groups: dict[tuple[str, ...], list[PortraitRow]] = defaultdict(list)
-    for row in rows:
-        groups[fields(row)].append(row)
-    found = []
-    for group in groups.values():
-        joint = [row for row in group if JOINT in (row.found_by or {JOINT: 0})]
-        found += joint or [min(group, key=lambda row: 1.0 if row.q_value is None else row.q_value)]
-    return found
 
 
 # ── what was never tried enough ─────────────────────────────────────────────────────────────────────────────────────

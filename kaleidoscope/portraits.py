@@ -15,7 +15,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, date, datetime, time
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +39,7 @@ MAX_CELLS = 1_000_000  # of one analysis
 
 TagStatus = Literal["current", "renamed", "merged", "split", "retired", "unknown", "unversioned"]
 Format = Literal["csv", "json", "parquet"]
+Moment = datetime | date  # a moment with a zone, or a day in UTC
 
 
 # ── what is stored ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -61,6 +62,8 @@ class PortraitRun:
     simulated: bool = False  # the users are not real
     # Dimension → value → exposures, of every value that was shown, whether or not it can be compared; empty: not known.
     shown: Mapping[str, Mapping[str, int]] | None = None
+    # (segment, segment of another field, share of the users in both): such as are not here are taken to be independent.
+    overlaps: Sequence[tuple[Names, Names, float]] = ()
 
     @property
     def run_hash(self) -> str:
@@ -109,6 +112,11 @@ class PortraitCell:
     found_by: Mapping[str, int] | None = None  # method → sign, of those that found it
     explained_by: tuple[tuple[Names, Names], ...] = ()  # (segment, tag): what this explains
     crossed: bool = False  # its values work together: no effect of any of them alone
+    # As exposures count, weighted by propensity, never as they were chosen. Of a segment: its part of the tag's
+    # exposures, and of the clicks on it; of everybody: the tag's part of all exposures, were all variants shown alike.
+    share: float | None = None
+    click_share: float | None = None  # of a segment alone
+    independent: float | None = None  # as how many independent exposures `n` count
 
     @property
     def insight(self) -> bool:
@@ -117,12 +125,13 @@ class PortraitCell:
 
 
 NUMBERS = (
-    "ctr", "ctr_low", "ctr_high", "preference", "preference_low", "preference_high",
-    "shrunk", "shrunk_low", "shrunk_high", "effect", "effect_low", "effect_high", "q_value",
+    "share", "click_share", "independent", "ctr", "ctr_low", "ctr_high",
+    "preference", "preference_low", "preference_high", "shrunk", "shrunk_low", "shrunk_high",
+    "effect", "effect_low", "effect_high", "q_value",
 )  # fmt: skip
 
 
-SHARES = ("ctr", "ctr_low", "ctr_high", "q_value")  # from 0 to 1
+SHARES = ("share", "click_share", "ctr", "ctr_low", "ctr_high", "q_value")  # from 0 to 1
 ROUNDING = 1e-9
 
 
@@ -173,6 +182,9 @@ class CellView(View):
     status: TagStatus
     n: int
     clicks: int | None
+    share: float | None
+    click_share: float | None
+    independent: float | None
     ctr: float | None
     ctr_low: float | None
     ctr_high: float | None
@@ -265,6 +277,7 @@ def store_portrait(session: Session, scene_id: str, run: PortraitRun, cells: Ite
             _storable(dimension): {_storable(value): int(n) for value, n in values.items()}
             for dimension, values in (run.shown or {}).items()
         },
+        overlaps=[[segments.of(a), segments.of(b), float(share)] for a, b, share in run.overlaps],
         segments=segments.names,
         tags=tags.names,
         cells=len(rows),
@@ -319,6 +332,7 @@ def _checked(cells: Iterable[PortraitCell]) -> Iterator[PortraitCell]:
         least = min((v for v in (cell.effect, cell.effect_low, cell.effect_high) if v is not None), default=0.0)
         wrong = (
             cell.n < 0
+            or (cell.independent or 0) < 0
             or least < -1 - ROUNDING
             or any(v is not None and not -ROUNDING <= v <= 1 + ROUNDING for v in shares)
         )
@@ -364,7 +378,8 @@ def list_portraits(
 ) -> Page[PortraitView]:
     """The scene's portraits, newest first; raises NotFoundError where there is no such scene."""
     get_scene(session, scene_id)
-    query = _portraits(session, scene_id).options(defer(Portrait.segments), defer(Portrait.tags), defer(Portrait.shown))
+    bulk = (Portrait.segments, Portrait.tags, Portrait.shown, Portrait.overlaps)
+    query = _portraits(session, scene_id).options(*map(defer, bulk))
     page = paginate(session, query, Portrait.number, cursor=cursor, limit=limit, descending=True)
     return Page([PortraitView.model_validate(row) for row in page.items], page.next_cursor)
 
@@ -382,16 +397,17 @@ def portrait_of(
     segment: Names | None = None,
     *,
     number: int | None = None,
+    at: Moment | None = None,
     language: Language = "en",
     cursor: str | None = None,
     limit: int = PAGE,
 ) -> PortraitPage:
-    """A portrait of the scene (by default the newest), and a page of its cells in today's words.
+    """A portrait of the scene (by default the newest; find_portrait), and a page of its cells in today's words.
 
     `segment`: of exactly these users; {} is everybody, None all segments. Raises NotFoundError where there is no such
     scene, portrait or segment; the message names the segments there are.
     """
-    reading = Reading(session, find_portrait(session, scene_id, number), language)
+    reading = Reading(session, find_portrait(session, scene_id, number, at), language)
     query = reading.query
     if segment is not None:
         query = query.where(PortraitRow.segment == reading.position(segment))
@@ -488,7 +504,8 @@ class Reading:
             ratios = row.shrunk, row.shrunk_low, row.shrunk_high
             said = wording.preference_sentence(segment, tag, *ratios, row.n, language=self.language)
         else:
-            said = wording.not_enough_sentence(segment, tag, row.n, None, language=self.language)
+            n = row.n if row.independent is None else math.ceil(row.independent)
+            said = wording.not_enough_sentence(segment, tag, n, None, language=self.language)
         was = None if now.was is None else self.words(now.was)
         return self.join(said, wording.status_sentence(now.status, was, language=self.language))
 
@@ -571,15 +588,43 @@ def _newest_number(session: Session, scene_id: str) -> int | None:
     return found
 
 
-def find_portrait(session: Session, scene_id: str, number: int | None) -> Portrait:
-    """The scene's portrait of this number, None the newest; raises NotFoundError."""
+def find_portrait(session: Session, scene_id: str, number: int | None = None, at: Moment | None = None) -> Portrait:
+    """The scene's portrait of this number, the newest one whose exposures are of `at` (from before until after it; of a
+    day, some part of it), or simply the newest. Raises NotFoundError, and InputError where both are given."""
     get_scene(session, scene_id)
+    if at is not None:
+        if number is not None:
+            raise InputError("at: a portrait has a number, or is of a time. Give one of them.")
+        return _portrait_of(session, scene_id, at)
     number = _newest_number(session, scene_id) if number is None else number
     if number is None:
         raise NotFoundError(
             f"Scene {scene_id!r} has no portrait yet: `kaleidoscope attribute {scene_id}` makes one from its log."
         )
     return find(session, Portrait, scene_id, number)
+
+
+def _portrait_of(session: Session, scene_id: str, at: Moment) -> Portrait:
+    first, last = (
+        (check_moment("at", at),) * 2
+        if isinstance(at, datetime)
+        else (datetime.combine(at, of, tzinfo=UTC) for of in (time.min, time.max))
+    )
+    newest_first = _portraits(session, scene_id).order_by(Portrait.number.desc())
+    found = session.scalar(newest_first.where(Portrait.since <= last, Portrait.until >= first).limit(1))
+    if found is not None:
+        return found
+    asked = first.strftime("%Y-%m-%d %H:%M UTC") if isinstance(at, datetime) else at.isoformat()
+    periods = [
+        f"{number} of {since:%Y-%m-%d} – {until:%Y-%m-%d}"
+        for number, since, until in session.execute(
+            newest_first.where(Portrait.since.is_not(None), Portrait.until.is_not(None))
+            .with_only_columns(Portrait.number, Portrait.since, Portrait.until)
+            .limit(10)
+        )
+    ]
+    there = f"There are: {'; '.join(periods)}." if periods else "None of its portraits says of when it is."
+    raise NotFoundError(f"at: scene {scene_id!r} has no portrait of {asked}. {there}")
 
 
 def _names(names: Names) -> str:
@@ -606,6 +651,7 @@ def export_portrait(
     path: Path,
     *,
     number: int | None = None,
+    at: Moment | None = None,
     format: Format | None = None,
     language: Language = "en",
     overwrite: bool = False,
@@ -621,7 +667,7 @@ def export_portrait(
         raise InputError(f"{path}: its ending says no format. Call it .csv, .json or .parquet, or give the format.")
     if not overwrite and path.exists():
         raise InputError(f"{path}: is there already. Choose another name, or give --overwrite.")
-    reading = Reading(session, find_portrait(session, scene_id, number), language)
+    reading = Reading(session, find_portrait(session, scene_id, number, at), language)
     cells = [reading.cell(row) for row in session.scalars(reading.query.order_by(PortraitRow.position))]
     view = PortraitView.model_validate(reading.portrait)
     partial = path.with_name(f".{path.name}.partial")

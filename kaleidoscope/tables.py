@@ -370,7 +370,7 @@ class Portrait(Tenant, Base):
     """One analysis of a scene's log: what it was of, and the segments and tags that its cells are about."""
 
     __tablename__ = "portraits"
-    unaudited = frozenset({"segments", "tags", "shown"})  # large
+    unaudited = frozenset({"segments", "tags", "shown", "overlaps"})  # large
 
     scene_id: Mapped[str] = mapped_column(SLUG, primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)  # counts within the scene
@@ -389,6 +389,7 @@ class Portrait(Tenant, Base):
     shown: Mapped[dict[str, Any]]  # dimension → value → exposures
     segments: Mapped[list[Any]]  # {field: value}; the first is everybody, {}
     tags: Mapped[list[Any]]  # {dimension: value}
+    overlaps: Mapped[list[Any]]  # [position of a segment, of another field's, share of the users in both]
     cells: Mapped[int]  # how many
     insights: Mapped[int]  # of them
     author: Mapped[str] = mapped_column(NAME)
@@ -414,6 +415,9 @@ class PortraitRow(Tenant, Base):
     tag: Mapped[int]  # position in Portrait.tags
     n: Mapped[int] = mapped_column(BigInteger)
     clicks: Mapped[int | None] = mapped_column(BigInteger)
+    share: Mapped[float | None]  # PortraitCell says of what
+    click_share: Mapped[float | None]
+    independent: Mapped[float | None]
     ctr: Mapped[float | None]
     ctr_low: Mapped[float | None]
     ctr_high: Mapped[float | None]

@@ -31,6 +31,17 @@ class Policy(StrEnum):
     PERSONALISED = "personalised"
 
 
+class Method(StrEnum):
+    """How a preference was found; `attribution` says what each looks for. In the order in which they are shown."""
+
+    STATISTICS = "statistics"
+    EBM = "ebm"
+    GRID = "grid"
+    PREFERENCE = "preference"
+    CONTRIBUTIONS = "contributions"
+    NETWORK = "network"
+
+
 class Layer(StrEnum):
     """What a tag speaks about: what it looks like, or what it means."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import date, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,7 @@ from kaleidoscope.operator_cli.frame import (
     Work,
     command,
     headed,
+    moment_in,
     more,
     none_of,
     pairs_in,
@@ -57,6 +59,12 @@ class FileFormat(StrEnum):
 Number = Annotated[
     int | None, typer.Option("--number", min=1, max=MOST, help="Which portrait of the scene. Default: the newest.")
 ]
+At = Annotated[
+    str | None,
+    typer.Option(
+        "--at", metavar="DATE", help="The newest portrait of then: a day, or a moment such as 2026-11-28T20:00."
+    ),
+]
 Speaking = Annotated[Tongue, typer.Option("--language", help="Of the sentences.")]
 
 
@@ -89,6 +97,7 @@ def portrait_show(
         bool, typer.Option("--everyone", help="Of everybody: main effects alone, without a segment.")
     ] = False,
     number: Number = None,
+    at: At = None,
     language: Speaking = Tongue.EN,
     cursor: Cursor = None,
     limit: Limit = 50,
@@ -97,7 +106,9 @@ def portrait_show(
     from kaleidoscope.portraits import portrait_of
 
     wanted = dict(pairs_in("--segment", segment or [])) or ({} if everyone else None)
-    page = portrait_of(work.session, scene, wanted, number=number, language=language.value, cursor=cursor, limit=limit)
+    page = portrait_of(
+        work.session, scene, wanted, number=number, at=_at(at), language=language.value, cursor=cursor, limit=limit
+    )
     return Output(
         page, fields(_facts(page.portrait)), "", _cells(page.items), *none_of(page.items, "cells"),
         *(f"- {cell.sentence}" for cell in page.items), *more(page.next_cursor),
@@ -110,6 +121,7 @@ def portrait_export(
     scene: Scene,
     file: Annotated[Path, typer.Argument(metavar="FILE", dir_okay=False, help="Its ending says the format.")],
     number: Number = None,
+    at: At = None,
     format: Annotated[FileFormat | None, typer.Option("--format", help="Default: what the file's ending says.")] = None,
     language: Speaking = Tongue.EN,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Although the file is there already.")] = False,
@@ -118,7 +130,7 @@ def portrait_export(
     from kaleidoscope.portraits import export_portrait
 
     portrait, cells = export_portrait(
-        work.session, scene, file, number=number, format=None if format is None else format.value,
+        work.session, scene, file, number=number, at=_at(at), format=None if format is None else format.value,
         language=language.value, overwrite=overwrite,
     )  # fmt: skip
     value = {"file": str(file), "cells": cells, "portrait": portrait}
@@ -134,14 +146,21 @@ def portrait_design(
         typer.Option("--attribute", metavar="NAME=VALUE", help="Of the user, such as age=30 (age=: missing); repeat."),
     ] = None,
     number: Number = None,
+    at: At = None,
     language: Speaking = Tongue.EN,
 ) -> Output:
     """Say what to design for some users, how sure that is, and which tags were never tried enough with them."""
     from kaleidoscope.portrait_design import design_for
 
     given = dict(pairs_in("--attribute", attribute or []))
-    design = design_for(work.session, scene, given, number=number, language=language.value)
+    design = design_for(work.session, scene, given, number=number, at=_at(at), language=language.value)
     return Output(design, design.says[0], *(f"Note: {note}" for note in design.notes), *_design(design))
+
+
+def _at(text: str | None) -> datetime | date | None:
+    """A day, or a moment; without a zone it is UTC."""
+    moment = moment_in("--at", text)
+    return moment if moment is None or len((text or "").strip()) > len("2026-11-28") else moment.date()
 
 
 def _period(portrait: PortraitView) -> str | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import date
 from typing import Annotated
 
 from fastapi import APIRouter, Query
+from pydantic import AwareDatetime
 
 from kaleidoscope import portrait_design, portraits
 from kaleidoscope.database import PAGE
@@ -20,6 +22,10 @@ router = APIRouter(prefix="/api/v1", route_class=Route, responses=ERRORS, tags=[
 Pair = Annotated[str, Query(max_length=1_000)]
 Pairs = Annotated[list[Pair], Query(max_length=50, description="NAME=VALUE, as often as needed")]
 Number = Annotated[int | None, Query(ge=1, le=MAX_INT, description="Which portrait; left out: the newest")]
+At = Annotated[
+    AwareDatetime | date | None,
+    Query(description="The newest portrait of then: a moment with its zone, or a day in UTC; not with `number`"),
+]
 Speaking = Annotated[Language, Query(description="What sentences are written in")]
 
 
@@ -39,6 +45,7 @@ def get_portrait(
     segment: Pairs = [],  # noqa: B006 - read only
     everyone: Annotated[bool, Query(description="Main effects alone, without a segment")] = False,
     number: Number = None,
+    at: At = None,
     language: Speaking = "en",
     cursor: Cursor = None,
     limit: Limit = PAGE,
@@ -47,7 +54,7 @@ def get_portrait(
     wanted = _pairs("segment", segment) or ({} if everyone else None)
     with call.read() as session:
         return portraits.portrait_of(
-            session, scene, wanted, number=number, language=language, cursor=cursor, limit=limit
+            session, scene, wanted, number=number, at=at, language=language, cursor=cursor, limit=limit
         )
 
 
@@ -57,12 +64,13 @@ def get_design(
     scene: str,
     attribute: Pairs = [],  # noqa: B006 - read only
     number: Number = None,
+    at: At = None,
     language: Speaking = "en",
 ) -> portrait_design.Design:
     """What to design for users with these attributes (`age=30`; `age=`: missing), and what was never tried enough."""
     with call.read() as session:
         return portrait_design.design_for(
-            session, scene, _pairs("attribute", attribute), number=number, language=language
+            session, scene, _pairs("attribute", attribute), number=number, at=at, language=language
         )
 
 

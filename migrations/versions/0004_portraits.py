@@ -9,8 +9,9 @@ branch_labels = None
 depends_on = None
 
 NUMBERS = (
-    "ctr", "ctr_low", "ctr_high", "preference", "preference_low", "preference_high",
-    "shrunk", "shrunk_low", "shrunk_high", "effect", "effect_low", "effect_high", "q_value",
+    "share", "click_share", "independent", "ctr", "ctr_low", "ctr_high",
+    "preference", "preference_low", "preference_high", "shrunk", "shrunk_low", "shrunk_high",
+    "effect", "effect_low", "effect_high", "q_value",
 )  # fmt: skip
 
 
@@ -36,6 +37,7 @@ def upgrade() -> None:
         sa.Column("shown", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("segments", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("tags", sa.JSON(none_as_null=True), nullable=False),
+        sa.Column("overlaps", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("cells", sa.Integer(), nullable=False),
         sa.Column("insights", sa.Integer(), nullable=False),
         sa.Column("author", sa.String(length=200), nullable=False),

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.special import expit
 
 from attribution.cells import Cells
 from attribution.coding import Coded, code
-from attribution.insights import attribute_coded
+from attribution.consensus import agreements
+from attribution.insights import attribute_coded, main_effects
 from attribution.preference import (
     PreferenceCell,
     PreferenceResult,
@@ -113,6 +115,38 @@ def test_what_nobody_saw_or_clicked_is_not_known() -> None:
     assert unclicked.shrunk is not None and unclicked.shrunk < 1
 
 
+def test_a_ratio_is_told_where_a_few_clicks_are_expected_and_otherwise_only_what_is_to_be_believed() -> None:
+    """Of cells that expect one click, those that got none have no ratio: the mean of the others is far above 1."""
+    rng, n = np.random.default_rng(1), 6_000
+    city = rng.choice([f"c{i}" for i in range(40)], n)
+    log = log_of({"city": city.tolist()}, TAGS, rng.integers(0, 6, n), rng.random(n) < 0.02)
+    found = preferences(code(log, dependent=False))
+    got = [c for c in found.cells if c.clicks]
+    told = [c for c in got if c.preference is not None]
+    assert 0 < len(told) < len(got)
+    assert all(c.clicks / c.preference > 2 for c in told if c.preference)  # which is what was expected
+    assert all(c.ci_low is c.ci_high is None for c in got if c.preference is None)
+    assert all(c.shrunk is not None and c.shrunk_low is not None for c in got)
+
+
+def test_importance_is_what_the_ratio_says_also_where_the_joint_model_says_the_opposite() -> None:
+    """The rich like loud and the old do not, but most of the old are rich: by the rates alone the old like it too."""
+    rng, n = np.random.default_rng(2), 120_000
+    old, variant = rng.random(n) < 0.5, rng.integers(0, 6, n)
+    rich = np.where(rng.random(n) < 0.85, old, ~old)
+    click = rng.random(n) < expit(-2 + np.isin(variant, (2, 3)) * (1.4 * rich - 0.5 * old))
+    user = {"age": np.where(old, "old", "young").tolist(), "income": np.where(rich, "rich", "poor").tolist()}
+    coded = code(log_of(user, TAGS, variant, click, unit=np.arange(n)), dependent=False)
+    by_method = {"statistics": attribute_coded(coded).insights, "preference": preferences(coded).insights}
+    found = {one.insight.segment.get("age"): one for one in agreements(by_method)}
+    old_or_young = found.get("old") or found["young"]
+    sign = 1 if old_or_young.insight.effect > 0 else -1
+    assert dict(old_or_young.found_by) == {"statistics": sign, "preference": -sign}
+    assert old_or_young.disputed and not old_or_young.holds
+    assert old_or_young.sentence.endswith("the standardised preferences found the opposite.")
+    assert found[None].holds and set(found[None].found_by.values()) in ({1}, {-1})  # income
+
+
 def test_insights_are_those_of_the_joint_model_with_its_own_test() -> None:
     log, p = liking(30_000, 0, 0.8)
     coded = code(log, dependent=False)
@@ -168,3 +202,38 @@ def test_quantiles_of_a_mixture() -> None:
     assert _quantile(0.5, weights, mean, sd) == pytest.approx(0, abs=1e-6)
     draws = np.random.default_rng(0).normal(np.where(np.arange(200_000) % 2, 3, -3), 1)
     assert _quantile(0.1, weights, mean, sd) == pytest.approx(np.quantile(draws, 0.1), abs=0.03)
+
+
+def test_cells_know_what_they_are_worth_and_not_only_what_a_model_showed() -> None:
+    """Women are shown loud and men plain, nearly all of them: users are half and half all the same."""
+    rng = np.random.default_rng(5)
+    n = 40_000
+    women, level = rng.random(n) < 0.5, rng.random(n)
+    variant = np.where(rng.random(n) < 0.1, rng.integers(0, 6, n), np.where(women, 2, 4))
+    propensity = 0.1 / 6 + 0.9 * (variant == np.where(women, 2, 4))
+    click = rng.random(n) < np.where(women & np.isin(variant, (2, 3)), 0.3, 0.1)
+    user = {"gender": np.where(women, "f", "m").tolist(), "level": np.where(level < 0.4, "new", "old").tolist()}
+    coded = code(log_of(user, TAGS, variant, click, propensity=propensity, unit=np.arange(n)))
+    found = preferences(coded)
+    loud, plain = (cell(found, "gender", "f", tone=tone) for tone in ("loud", "plain"))
+    assert loud.n > 10 * plain.n
+    assert loud.share == pytest.approx(0.5, abs=0.05) and plain.share == pytest.approx(0.5, abs=0.05)
+    assert loud.click_share == pytest.approx(0.75, abs=0.05)  # three times as likely to click as men
+    assert loud.independent is not None and plain.independent is not None
+    assert loud.independent < 0.5 * loud.n and plain.independent > 0.5 * plain.n
+    at = {(s.field, s.label): i for i, s in enumerate(found.segments)}
+    both = found.overlap[at["gender", "f"], at["level", "new"]]
+    assert both == pytest.approx(0.2, abs=0.02)
+    assert found.overlap[at["gender", "f"], at["gender", "m"]] == 0
+    mains = {tuple(m.tag.items()): m for m in main_effects(Cells.of(coded.evenly))}
+    assert mains[("tone", "loud"),].share == pytest.approx(1 / 3, abs=0.05)
+    independent = mains[("tone", "loud"),].independent
+    assert independent is not None and independent < 0.3 * mains[("tone", "loud"),].n
+
+
+def test_exposures_that_count_alike_are_worth_themselves() -> None:
+    log, _ = liking(3_000, 1, 0.0)
+    coded = code(log, dependent=False)
+    assert all(
+        (one.independent or 0) <= one.n * 1.05 and one.independent is not None for one in preferences(coded).cells
+    )

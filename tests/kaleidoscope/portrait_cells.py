@@ -20,6 +20,7 @@ SHOWN = {
     "authority": {"brand": 90_000},
 }
 RATE = 0.05
+EXPOSURES = 90_000
 
 
 def run(**changes: Any) -> PortraitRun:
@@ -27,7 +28,7 @@ def run(**changes: Any) -> PortraitRun:
     facts: dict[str, Any] = {
         "log_hash": "a" * 64,
         "taxonomy": 1,
-        "exposures": 90_000,
+        "exposures": EXPOSURES,
         "units": 40_000,
         "methods": ("statistics", "ebm"),
         "since": datetime(2026, 11, 1, tzinfo=UTC),
@@ -41,11 +42,13 @@ def run(**changes: Any) -> PortraitRun:
 
 
 def cell(segment: dict[str, str], tag: dict[str, str], n: int = 6_000, **more: Any) -> PortraitCell:
-    """A cell with its click rate, and a preference as everybody's."""
-    clicks = round(RATE * n)
-    known: dict[str, Any] = {}
+    """A cell with its click rate, and a preference as everybody's, of a log in which every exposure counts alike."""
+    clicks, known = round(RATE * n), dict[str, Any](independent=n)
+    shown = sum(SHOWN.get(d, {}).get(v, 0) for d, v in tag.items()) or EXPOSURES
+    known |= {"share": min(n / (shown if segment else EXPOSURES), 1.0)}
+    known |= {"click_share": known["share"]} if segment else {}
     if n:
-        known = {"clicks": clicks, "ctr": clicks / n, "ctr_low": 0.04, "ctr_high": 0.06}
+        known |= {"clicks": clicks, "ctr": clicks / n, "ctr_low": 0.04, "ctr_high": 0.06}
         known |= {"shrunk": 1.0, "shrunk_low": 0.9, "shrunk_high": 1.1} if segment else {}
     return PortraitCell(segment, tag, n, **{**known, **more})
 

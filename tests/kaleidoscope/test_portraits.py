@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,20 @@ def test_an_analysis_is_stored_whole_with_the_facts_of_its_log(scene: Database) 
     assert len(read) == len(cells())
     for made in cells():
         got = read[(*made.segment.items(), *made.tag.items())]
-        for name in ("n", "clicks", "ctr", "ctr_low", "shrunk", "shrunk_high", "effect", "effect_low", "q_value"):
+        for name in (
+            "n",
+            "clicks",
+            "share",
+            "click_share",
+            "independent",
+            "ctr",
+            "ctr_low",
+            "shrunk",
+            "shrunk_high",
+            "effect",
+            "effect_low",
+            "q_value",
+        ):
             assert getattr(got, name) == getattr(made, name), (made, name)
         assert got.found_by == (made.found_by or {})
     explained = read[("level", "beginner"), ("image_style", "flat")].explained_by
@@ -115,6 +129,8 @@ def test_a_portrait_is_stored_whole_or_not_at_all(scene: Database) -> None:
         ({"ctr": math.nan}, "ctr of .* is nan"),
         ({"effect": 0.1, "effect_low": -math.inf, "effect_high": 1.0}, "effect_low of .* is -inf"),
         ({"ctr": 1.5}, "cannot be"),
+        ({"share": 1.5}, "cannot be"),
+        ({"independent": -1.0}, "cannot be"),
         ({"effect": -1.5, "effect_low": -2.0, "effect_high": 0.0}, "cannot be"),
         ({"effect": 0.5}, "with their interval"),
         ({"effect": 0.5, "effect_low": 0.1, "effect_high": 0.9}, "with its q"),
@@ -216,6 +232,57 @@ def test_one_segment_or_everybody_can_be_read_alone(scene: Database) -> None:
 def test_a_scene_without_a_portrait_says_how_to_make_one(scene: Database) -> None:
     with pytest.raises(NotFoundError, match="kaleidoscope attribute welcome"):
         show(scene)
+
+
+@pytest.fixture
+def periods(sqlite: Database) -> Database:
+    """Four portraits of scene `welcome`: of the first half of November twice, of the second half, of no known time."""
+    stocked(sqlite)
+    first = {"since": datetime(2026, 11, 1, 8, tzinfo=UTC), "until": datetime(2026, 11, 15, 20, tzinfo=UTC)}
+    second = {"since": datetime(2026, 11, 16, 9, tzinfo=UTC), "until": datetime(2026, 11, 30, 8, tzinfo=UTC)}
+    for n, period in enumerate((first, second, first, {"since": None, "until": None})):
+        store(sqlite, seed=n, **period)
+    return sqlite
+
+
+@pytest.mark.parametrize(
+    ("at", "number"),
+    [
+        (datetime(2026, 11, 3, tzinfo=UTC), 3),  # the newest of the two that are of then
+        (datetime(2026, 11, 16, 17, tzinfo=timezone(timedelta(hours=8))), 2),  # 09:00 UTC, the very first exposure
+        (date(2026, 11, 1), 3),
+        (date(2026, 11, 15), 3),
+        (date(2026, 11, 16), 2),
+        (date(2026, 11, 30), 2),
+    ],
+)
+def test_a_portrait_is_found_by_when_it_is_of(periods: Database, at: Any, number: int, tmp_path: Path) -> None:
+    with periods.transaction(person("vic", Role.VIEWER), write=False) as session:
+        assert portrait_of(session, "welcome", at=at).portrait.number == number
+        assert design_for(session, "welcome", {"age": 30}, at=at).portrait.number == number
+        assert export_portrait(session, "welcome", tmp_path / "p.json", at=at)[0].number == number
+        assert portrait_of(session, "welcome").portrait.number == 4
+
+
+@pytest.mark.parametrize("at", [datetime(2026, 11, 16, 8, 59, tzinfo=UTC), date(2026, 10, 31), date(2026, 12, 1)])
+def test_a_time_without_a_portrait_names_those_there_are(periods: Database, at: Any) -> None:
+    there = r"portrait of 2026-1\d-\d\d.*There are: 3 of 2026-11-01 – 2026-11-15; 2 of 2026-11-16 – 2026-11-30; 1 of"
+    with pytest.raises(NotFoundError, match=there):
+        show(periods, at=at)
+
+
+def test_a_time_and_a_number_and_a_time_without_a_zone_are_refused(periods: Database) -> None:
+    with pytest.raises(InputError, match="Give one of them"):
+        show(periods, at=date(2026, 11, 3), number=1)
+    with pytest.raises(InputError, match="no time zone"):
+        show(periods, at=datetime(2026, 11, 3))
+
+
+def test_portraits_that_say_nothing_of_when_are_found_at_no_time(sqlite: Database) -> None:
+    stocked(sqlite)
+    store(sqlite, since=None, until=None)
+    with pytest.raises(NotFoundError, match="None of its portraits says of when"):
+        show(sqlite, at=date(2026, 11, 3))
 
 
 def test_pages_neither_skip_nor_repeat(stored: Database) -> None:

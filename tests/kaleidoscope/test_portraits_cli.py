@@ -79,7 +79,7 @@ def test_a_design_says_what_is_known_and_what_was_never_tried(
     shown = said(capsys, "design", "welcome", "--attribute", "age=30", "--attribute", "level=beginner")
     assert shown.startswith("For users with age=30 and level=beginner, by portrait 1 of scene welcome (of simulated")
     assert "conservative 95 % interval" in shown and "Never tried enough, in materials of the scene:" in shown
-    assert "NO" in shown and "Often enough is" in shown
+    assert "NO" in shown and "Often enough means" in shown and "not adjusted for tags shown together" in shown
     answer = told(capsys, "design", "welcome", "--attribute", "age=", "--language", "zh")
     assert answer["attributes"] == {"age": None} and answer["segments"] == [{"age": "missing"}]
     assert "age 未知" in answer["says"][0]
@@ -92,6 +92,8 @@ def test_a_design_says_what_is_known_and_what_was_never_tried(
         (["design", "welcome", "--attribute", "age"], "is not NAME=VALUE"),
         (["show", "welcome", "--segment", "age=[1, 2)"], "has no segment"),
         (["show", "welcome", "--number", "7"], "There is no portrait"),
+        (["show", "welcome", "--at", "yesterday"], "'yesterday' is no time"),
+        (["design", "welcome", "--at", "2026-11-03", "--number", "1"], "Give one of them"),
         (["show", "nowhere"], "There is no scene 'nowhere'"),
         (["export", "welcome", "x.txt"], "says no format"),
     ],
@@ -100,6 +102,17 @@ def test_what_cannot_be_is_said(
     stored: Database, capsys: pytest.CaptureFixture[str], words: list[str], says: str
 ) -> None:
     assert says in said(capsys, *words, code=2)
+
+
+def test_a_portrait_is_asked_for_by_a_day_or_a_moment(
+    stored: Database, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for at in ("2026-11-15", "2026-11-03T20:00+08:00", "2026-11-03 12:00"):
+        assert told(capsys, "show", "welcome", "--at", at)["portrait"]["number"] == 1
+        assert told(capsys, "design", "welcome", "--at", at)["portrait"]["number"] == 1
+    assert "of portrait 1" in said(capsys, "export", "welcome", "p.csv", "--at", "2026-11-01")
+    nowhere = said(capsys, "show", "welcome", "--at", "2026-11-15T00:01", code=2)
+    assert "has no portrait of 2026-11-15 00:01 UTC" in nowhere and "1 of 2026-11-01 – 2026-11-15" in nowhere
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json", "parquet"])

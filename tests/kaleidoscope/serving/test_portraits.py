@@ -44,6 +44,12 @@ def test_the_answers_are_those_of_the_services(stored: Database, client_of: Clie
     assert len(vic.get(f"{SCENE}/portrait", params={"everyone": "true"}).json()["items"]) == 4
 
 
+@pytest.mark.parametrize("at", ["2026-11-15", "2026-11-03T20:00:00+08:00", "2026-11-03T12:00Z"])
+def test_a_portrait_is_found_by_when_it_is_of(at: str, stored: Database, client_of: Client) -> None:
+    for path in ("portrait", "portrait/design"):
+        assert client_of("ann").get(f"{SCENE}/{path}", params={"at": at}).json()["portrait"]["number"] == 1
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_who_may_read_it(path: str, stored: Database, client_of: Client) -> None:
     assert client_of().get(f"{SCENE}/{path}").status_code == 401
@@ -75,6 +81,10 @@ def test_a_scene_without_a_portrait_is_a_404_that_says_what_to_do(path: str, app
         ("portrait", {"segment": "age=[1, 2)"}, 404, "no segment"),
         ("portrait", {"number": 9}, 404, "There is no portrait"),
         ("portrait", {"number": 0}, 400, "number"),
+        ("portrait", {"at": "2026-12-01"}, 404, "1 of 2026-11-01 – 2026-11-15"),
+        ("portrait", {"at": "yesterday"}, 400, "at"),
+        ("portrait", {"at": "2026-11-03T20:00"}, 400, "at"),
+        ("portrait/design", {"at": "2026-11-03", "number": 1}, 400, "Give one of them"),
         ("portrait", {"language": "fr"}, 400, "language"),
         ("portrait", {"cursor": "nonsense"}, 400, "cursor"),
         ("portrait", {"segmnet": "age=3"}, 400, "no parameter"),
