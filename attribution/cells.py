@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from scipy import stats
 from scipy.sparse import csr_array, hstack
 
 from attribution.coding import Coded, Segment, UserField
+from attribution.logistic import LEAST_DESIGN_EFFECT
 from attribution.replicates import REPLICATES, mix
 from kaleidoscope.errors import InputError
 from kaleidoscope.files import replacing
@@ -104,10 +106,24 @@ class Table:
         """Of rows with these codes: sorted, and those of the same codes added up."""
         if not len(totals):
             return cls(codes, totals)
-        order = np.lexsort(codes[::-1])
-        codes = codes[:, order]
-        new = np.concatenate([[True], (np.diff(codes, axis=1) != 0).any(axis=0)])
-        return cls(codes[:, new], np.add.reduceat(totals[order], np.flatnonzero(new), axis=0))
+        sizes = (codes.max(axis=1) + 1).tolist()
+        if prod(sizes) < 1 << 62:  # one number of each row: sorted several times as fast as by six
+            key = np.ravel_multi_index(tuple(codes), tuple(sizes))
+            order = np.argsort(key, kind="stable")
+            new = np.concatenate([[True], np.diff(key[order]) != 0])
+        else:
+            order = np.lexsort(codes[::-1])
+            new = np.concatenate([[True], (np.diff(codes[:, order], axis=1) != 0).any(axis=0)])
+        if new.all():
+            return cls(codes[:, order], totals[order])
+        return cls(codes[:, order[new]], np.add.reduceat(totals[order], np.flatnonzero(new), axis=0))
+
+    @classmethod
+    def below(cls, tables: Sequence[Table]) -> Table:
+        """The tables one below the other, which are sorted and in order."""
+        if len(tables) < 2:
+            return tables[0] if tables else cls.none()
+        return cls(np.concatenate([t.codes for t in tables], axis=1), np.concatenate([t.sums for t in tables]))
 
     @classmethod
     def none(cls) -> Table:
@@ -145,6 +161,7 @@ class Cells:
     value_pairs: Table = field(default_factory=Table.none)  # of two fields, the earlier one first
     tag_pairs: Table = field(default_factory=Table.none)  # carried together, the earlier one first
     clipped: float = 0.0  # exposures whose correction by propensity was clipped
+    days: tuple[str, ...] = ()  # of event logs that were summed up: `business/scene/2026-11-28`
 
     @classmethod
     def of(cls, coded: Coded, replicate: Codes | None = None) -> Cells:
@@ -175,8 +192,15 @@ class Cells:
     def __add__(self, other: Cells) -> Cells:
         """The cells of both logs. Strata, buckets, periods and tags of either may be missing in the other.
 
-        Raises InputError where bins, or what an exposure counts, are not the same: such sums do not add.
+        Raises InputError where bins, or what an exposure counts, are not the same: such sums do not add; and where a
+        day is in both, whose exposures would count twice.
         """
+        twice = sorted(set(self.days) & set(other.days))
+        if twice:
+            raise InputError(
+                f"These cells cannot be added: {', '.join(twice[:3])}{', …' if len(twice) > 3 else ''}"
+                f" {'is' if len(twice) == 1 else 'are'} in both, and would count twice. Leave these days out of one."
+            )
         difference = self.definitions.difference(other.definitions)
         if difference is not None:
             raise InputError(
@@ -210,6 +234,7 @@ class Cells:
             value_pairs=both("value_pairs"),
             tag_pairs=both("tag_pairs"),
             clipped=self.clipped + other.clipped,
+            days=tuple(sorted({*self.days, *other.days})),
         )
 
     def __len__(self) -> int:
@@ -294,7 +319,7 @@ class Cells:
                 texts = None if key is None else pa.array([_text(n) for n in getattr(self, key)], pa.string())
                 columns[column] = pa.array(codes) if texts is None else pa.DictionaryArray.from_arrays(codes, texts)
             parts.append(pa.table({**columns, **dict(zip(SUMS, map(pa.array, of.sums.T), strict=True))}))
-        about = {key: getattr(self, key) for key in (*_NAMES, "clipped")}
+        about = {key: getattr(self, key) for key in (*_NAMES, "clipped", "days")}
         about |= {"version": VERSION, "definitions": asdict(self.definitions)}
         whole = pa.concat_tables(parts).unify_dictionaries()
         whole = whole.replace_schema_metadata({_METADATA: json.dumps(about)})
@@ -337,7 +362,8 @@ class Cells:
             tables.append(Table(np.stack(codes).astype(np.int64), np.stack([rows[n].to_numpy() for n in SUMS], axis=1)))
         definitions = Definitions.of_json(about["definitions"])
         main, value_pairs, tag_pairs = tables
-        return cls(definitions, *of_names, main, value_pairs, tag_pairs, clipped=about["clipped"])
+        days = tuple(about.get("days", ()))
+        return cls(definitions, *of_names, main, value_pairs, tag_pairs, clipped=about["clipped"], days=days)
 
     def table(self, name: str = "weighted_clicks") -> Floats:
         """(values, tags) one of the SUMS, over everything else."""
@@ -379,7 +405,10 @@ class Cells:
 
     def log_ratios(self) -> tuple[Floats, Floats]:
         """(tags,) the logarithm of the Mantel–Haenszel ratio of CTRs, with the tag over without it, within strata, and
-        its standard error by unit; NaN where it cannot be known. The first, of ANYTHING, always is."""
+        its standard error by unit; NaN where it cannot be known. The first, of ANYTHING, always is.
+
+        The error's square is at least LEAST_DESIGN_EFFECT times that by exposure (Greenland & Robins 1985): of a few
+        units, or one that has most of the exposures, replicates hardly vary."""
         every = np.flatnonzero(self.value == 0)
         place = (self.stratum * REPLICATES + self.replicate)[every]
         size = len(self.strata) * REPLICATES
@@ -390,6 +419,9 @@ class Cells:
             return np.asarray(sums(place[rows], amount, size=size).reshape(-1, REPLICATES))
 
         all_shown, all_clicks = with_tag(0, "weight"), with_tag(0, "weighted_clicks")
+        counted = float(
+            with_tag(0, "squared_weight_clicks").sum() / max(all_clicks.sum(), 1e-12)
+        )  # of a click's weight
         estimate, error = np.full(len(self.tags), np.nan), np.full(len(self.tags), np.nan)
         for t in range(1, len(self.tags)):
             shown, clicks = with_tag(t, "weight"), with_tag(t, "weighted_clicks")
@@ -397,7 +429,9 @@ class Cells:
             if np.isfinite(whole):
                 estimate[t] = whole
                 spread = without - without.mean()
-                error[t] = np.sqrt((REPLICATES - 1) / REPLICATES * (spread**2).sum())
+                by_unit = (REPLICATES - 1) / REPLICATES * (spread**2).sum()
+                by_exposure = _greenland_robins(*(x.sum(axis=1) for x in (shown, clicks, all_shown, all_clicks)))
+                error[t] = np.sqrt(max(by_unit, LEAST_DESIGN_EFFECT * counted * by_exposure))
         return estimate, error
 
 
@@ -477,6 +511,14 @@ def _mantel_haenszel(shown: Floats, clicks: Floats, other: Floats, other_clicks:
     if not np.isfinite(whole):
         return whole, np.full(REPLICATES, np.nan)
     return whole, np.array([log_ratio(r) for r in range(REPLICATES)])
+
+
+def _greenland_robins(shown: Floats, clicks: Floats, all_shown: Floats, all_clicks: Floats) -> float:
+    """The variance of the log Mantel–Haenszel ratio, from sums by stratum of those with a tag and of all; every
+    exposure by itself (doi:10.2307/2530643)."""
+    n1, a, n0, b, n = shown, clicks, all_shown - shown, all_clicks - clicks, np.where(all_shown > 0, all_shown, 1.0)
+    left = ((n1 * n0 * (a + b) - a * b * n) / n**2).sum()
+    return float(left / ((a * n0 / n).sum() * (b * n1 / n).sum()))
 
 
 def _ratio(a: Floats, b: Floats) -> Floats:

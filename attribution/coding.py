@@ -1,7 +1,7 @@
 """A log as codes: user values and the segments made of them, tags that vary, strata, and what each exposure counts.
 
 How much an exposure counts follows from its logged propensity; a log whose exposure depended on the user in an unknown
-way, or that some users could never have seen all of, is refused here.
+way is refused here, and one that some users could never have seen all of in `floor`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from attribution.floor import require_floor, require_floor_of_users, uncertain
+from attribution.strata_effects import Held, patterns_of, strata_effects
 from kaleidoscope.errors import LogError
 from kaleidoscope.exposure import exposure_independence
 from kaleidoscope.log import Codes, Floats, Log, combine, densify, factorise, sums, text_codes
@@ -23,9 +25,10 @@ from kaleidoscope.log import Codes, Floats, Log, combine, densify, factorise, su
 BINS = 8  # base bins of a number; segments are their halves, quarters and eighths
 MAX_VALUES = 64  # of a categorical field that are segments, the rest is one value without; and of a tag dimension
 MIN_SHARE = 0.001  # of the exposures, of a value that is a segment
-MAX_WEIGHT = 20.0  # an exposure counts at most as so many
+MAX_WEIGHT = 20.0  # an exposure counts at most as so many,
+MAX_UNIFORM = 100.0  # and in main effects: what is drawn of many variants stands for many exposures
+MIN_UNITS = 10  # of a log whose tastes are told
 CONSTANT = 1.01  # propensities of a variant in a stratum that differ by less are one propensity, rounded
-FLOOR = 0.5  # of the variants that are shown in a stratum, that mean(1/propensity) has to reach
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,11 @@ class Coded:
     clipped: float  # share of the exposures whose correction was clipped at MAX_WEIGHT
     uniform: Floats | None = None  # (n,) what one counts as if all variants were shown equally; None: as `weight`
     left_out: int = 0  # tag values that are not looked at, beyond MAX_VALUES of a dimension
+    clipped_uniform: float = 0.0  # share of the exposures whose `uniform` was clipped,
+    lost_uniform: float = 0.0  # and the share of all they would stand for that is lost by it: main effects lack it
+    certain: float = 0.0  # exposures left out because nothing else could have been shown
+    rows: Codes | None = None  # (n,) which of the log's rows these are; None: all of them
+    held: tuple[Held, ...] = ()  # what strata and times do to tags and users, where there are signs of it
 
     def __len__(self) -> int:
         return len(self.variant)
@@ -169,6 +177,8 @@ class Coded:
             **{name: getattr(self, name)[rows] for name in ("variant", "stratum", "reward", "count", "weight")},
             unit=None if self.unit is None else densify(self.unit[rows]),
             uniform=None if self.uniform is None else self.uniform[rows],
+            rows=None if self.rows is None else self.rows[rows],
+            held=tuple(replace(held, codes=held.codes[rows]) for held in self.held),
         )
 
 
@@ -178,18 +188,30 @@ def code(log: Log, *, dependent: bool | None = None, fields: Sequence[UserField]
     `dependent`: whether exposure depended on the user, where `exposure_independence` was asked before; None asks it.
     `fields`: bins and vocabularies fitted before, so that the sums of several logs add up; None fits them.
 
+    Rows that count nothing are left out, and a trace that was certain (`Coded.certain`): `Coded.rows` has the others.
     Raises LogError where exposure depended on the user with unknown propensities, or without a propensity floor.
     """
-    log = log.take(log.weight > 0) if (log.weight == 0).any() else log
+    rows = np.flatnonzero(log.weight > 0) if (log.weight == 0).any() else None
+    log, certain = log if rows is None else log.take(rows), 0.0
     stratum, strata = _strata(log)
-    correction, clipped = _correction(log, stratum, dependent)
-    weight = _scaled(log, correction)
+    drawn = uncertain(log, stratum)
+    if drawn is not None:
+        certain, rows = float(log.count[~drawn].sum()), np.flatnonzero(drawn) if rows is None else rows[drawn]
+        log = log.take(drawn)
+        stratum, strata = _strata(log)
     if fields is None:
         fields = [UserField.fit(name, log.columns[name], log.count) for name in log.schema.user]
+    codes = tuple(field.codes(log.columns[field.name]) for field in fields)
+    pairs = factorise(stratum * log.n_variants + log.variant)
+    correction, clipped = _correction(log, stratum, pairs, dependent)
+    if correction is not None:
+        require_floor_of_users(log, stratum, strata, pairs, [(f.name, f.labels) for f in fields], codes)
+    weight = _scaled(log, np.ones(len(log)) if correction is None else correction)
+    uniform, clipped_uniform, lost_uniform = _inverse(log, stratum)
     tags, carried, left_out = _tags(log)
-    return Coded(
+    coded = Coded(
         fields=tuple(fields),
-        codes=tuple(field.codes(log.columns[field.name]) for field in fields),
+        codes=codes,
         tags=tags,
         carried=carried,
         variant=log.variant,
@@ -201,9 +223,34 @@ def code(log: Log, *, dependent: bool | None = None, fields: Sequence[UserField]
         unit=log.unit,
         weighted=bool(np.ptp(weight) > 1e-9),
         clipped=clipped,
-        uniform=None if log.propensity is None else _scaled(log, _inverse(log, log.propensity, stratum)),
+        uniform=None if uniform is None else _scaled(log, uniform),
         left_out=left_out,
+        clipped_uniform=clipped_uniform,
+        lost_uniform=lost_uniform,
+        certain=certain,
+        rows=rows,
     )
+    return replace(coded, held=_held(log, coded))
+
+
+def _held(log: Log, coded: Coded) -> tuple[Held, ...]:
+    users = [(field.name, codes, len(field.labels)) for field, codes in zip(coded.fields, coded.codes, strict=True)]
+    of: dict[frozenset[str], list[int]] = {}
+    for i, tag in enumerate(coded.tags):
+        of.setdefault(tag.dimensions, []).append(i)
+    dimensions = [(" + ".join(sorted(d)), *patterns_of(coded.carried, t, coded.variant)) for d, t in of.items()]
+    return strata_effects(log, users, dimensions, coded.size, coded.count * coded.weight**2) if users else ()
+
+
+def require_units(log: Log) -> None:
+    """Raise LogError for a log of fewer than MIN_UNITS units: what so few did says nothing of others."""
+    counted = log.take(log.weight > 0) if (log.weight == 0).any() else log
+    if log.unit is not None and counted.n_units < MIN_UNITS:
+        raise LogError(
+            f"{log.path}: {counted.n_units} unit{'s' * (counted.n_units != 1)} in all {len(log):,} exposures;"
+            f" {MIN_UNITS} are needed to tell tastes from what a few people happened to do. If `unit` is not the user's"
+            " id, name another column or leave it out."
+        )
 
 
 # ── strata and weights ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -232,15 +279,16 @@ def _strata(log: Log) -> tuple[Codes, tuple[str, ...]]:
     return stratum, tuple(" / ".join(name) for name in names)
 
 
-def _correction(log: Log, stratum: Codes, dependent: bool | None) -> tuple[Floats, float]:
+def _correction(
+    log: Log, stratum: Codes, pairs: tuple[Codes, Codes], dependent: bool | None
+) -> tuple[Floats | None, float]:
     """(n,) q(variant | stratum) / propensity, so that within a stratum exposures count as if they had not looked at the
-    user; at most MAX_WEIGHT. And the share that was clipped.
+    user; at most MAX_WEIGHT; None where they had not. And the share that was clipped.
 
     q(v) ∝ 1 / E[1/P(v | user)] makes the variance of such weights the least possible: Σ q(v)² E[1/P(v | user)] is, for
     a given Σ q(v). It is what overlap weights (Li & Li 2019, doi:10.1214/19-AOAS1282) are to groups, and far from the
     shares that were shown (stabilised weights) where a model shows some variants to most and the rest by chance.
     """
-    ones = np.ones(len(log))
     if log.propensity is None:
         if dependent is None:
             dependent = exposure_independence(log).dependent
@@ -250,31 +298,36 @@ def _correction(log: Log, stratum: Codes, dependent: bool | None) -> tuple[Float
                 " variant and whoever was shown it cannot be told apart. Log P(variant | what was known) and name the"
                 " column in `propensity`, or attribute a bucket that shows variants at random."
             )
-        return ones, 0.0
-    pairs, pair = factorise(stratum * log.n_variants + log.variant)
-    low, high = np.full(len(pairs), np.inf), np.zeros(len(pairs))
+        return None, 0.0
+    known, pair = pairs
+    low, high = np.full(len(known), np.inf), np.zeros(len(known))
     np.minimum.at(low, pair, log.propensity)
     np.maximum.at(high, pair, log.propensity)
-    _require_floor(log, pairs // log.n_variants, stratum)
-    if (high <= low * CONSTANT).all() and len(pairs) < len(log):
+    require_floor(log, stratum, np.bincount(known // log.n_variants))
+    if (high <= low * CONSTANT).all() and len(known) < len(log):
         if exposure_independence(log).dependent if dependent is None else dependent:
             raise LogError(
                 f"{log.path}: column {log.schema.propensity!r} says that a variant was as likely for everybody, and yet"
                 " what was shown depended on the user. Log P(variant | what was known) of each choice, or attribute a"
                 " bucket that shows variants at random."
             )
-        return ones, 0.0
+        return None, 0.0
     inverse = log.count / log.propensity
     share = sums(pair, inverse) / sums(pair, inverse / log.propensity)
     raw = share[pair] / log.propensity
     return np.minimum(raw, MAX_WEIGHT), float(log.count[raw > MAX_WEIGHT].sum() / log.count.sum())
 
 
-def _inverse(log: Log, propensity: Floats, stratum: Codes) -> Floats:
-    """(n,) 1 / propensity, with a mean of 1 in each stratum, at most MAX_WEIGHT (Horvitz & Thompson 1952)."""
-    inverse = 1 / propensity
+def _inverse(log: Log, stratum: Codes) -> tuple[Floats | None, float, float]:
+    """(n,) 1 / propensity, with a mean of 1 in each stratum, at most MAX_UNIFORM (Horvitz & Thompson 1952), None
+    where it is not known; the share of the exposures that was clipped, and the share of the sum that is lost by it."""
+    if log.propensity is None:
+        return None, 0.0, 0.0
+    inverse, total = 1 / log.propensity, log.count.sum()
     mean = sums(stratum, log.count * inverse) / sums(stratum, log.count)
-    return np.minimum(inverse / mean[stratum], MAX_WEIGHT)
+    raw = inverse / mean[stratum]
+    cut = np.minimum(raw, MAX_UNIFORM)
+    return cut, float(log.count[raw > MAX_UNIFORM].sum() / total), float(log.count @ (raw - cut) / (log.count @ raw))
 
 
 def _scaled(log: Log, correction: Floats) -> Floats:
@@ -285,21 +338,6 @@ def _scaled(log: Log, correction: Floats) -> Floats:
         once, twice = sums(log.bucket, log.count * weight), sums(log.bucket, log.count * weight**2)
         weight = weight * np.divide(once, twice, out=np.ones_like(once), where=twice > 0)[log.bucket]
     return np.asarray(weight * (log.count.sum() / (log.count * weight).sum()))
-
-
-def _require_floor(log: Log, cell_of_pair: Codes, stratum: Codes) -> None:
-    assert log.propensity is not None
-    inverse, total = log.count / log.propensity, log.count.sum()
-    mean = float(inverse.sum() / total)
-    se = float(np.sqrt((log.count * (1 / log.propensity - mean) ** 2).sum()) / total)
-    shown = float((np.bincount(cell_of_pair)[stratum] * log.count).sum() / total)
-    if mean + 3 * se < FLOOR * shown:
-        raise LogError(
-            f"{log.path}: column {log.schema.propensity!r} has no floor: 1/propensity is {mean:.3g} on average (se"
-            f" {se:.2g}), where {shown:.3g} variants were shown. Some users could never have seen some variants, and"
-            " what they would have thought of them is not in the log. Mix in a uniform share (epsilon) when you log,"
-            " or attribute the random bucket alone."
-        )
 
 
 # ── tags and values ─────────────────────────────────────────────────────────────────────────────────────────────────

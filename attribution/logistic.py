@@ -1,7 +1,8 @@
 """A logistic model on codes: strata, user values, tags, and some segment × tag pairs, without a row-level matrix.
 
 Everything the fit needs of n rows are sums by pairs of codes; strata are eliminated (a Schur complement), so that there
-may be thousands of them. P is the number of columns for user values and tags, S strata, K pairs.
+may be thousands of them. P is the number of columns for user values, what strata do to tags (`Coded.held`) and tags, S
+strata, K pairs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ CONVERGED = 1e-3  # Newton decrement, in units of χ², after which one more ste
 FASTER = 0.05  # a step with the old curvature has to bring the decrement down to this share; otherwise a new one
 MOST_LOGIT = 15.0
 MANY_PAIRS = 48
+LEAST_DESIGN_EFFECT = 0.8  # of units: a smaller one is chance, or the work of a unit that has most of the rows
 SLICE_ROWS = 20_000
 DENSE = 4_000_000  # (code, variant) sums that are held densely
 
@@ -33,7 +35,8 @@ class Sums:
 
     def __init__(self, coded: Coded) -> None:
         self.coded = coded
-        self.widths = [len(field.labels) for field in coded.fields]
+        self.codes = (*coded.codes, *(held.codes for held in coded.held))
+        self.widths = [*(len(field.labels) for field in coded.fields), *(held.width for held in coded.held)]
         self.starts = np.concatenate([[0], np.cumsum(self.widths)]).astype(int)
         self.n_user = int(self.starts[-1])
         self.n_tags = len(coded.tags)
@@ -63,7 +66,7 @@ class Sums:
     def gradient(self, amount: Floats, rows: Any = slice(None)) -> tuple[Floats, Floats]:
         """(P,) and (S,) sums by column and stratum, of the `amount` of these rows."""
         coded = self.coded
-        parts = [sums(c[rows], amount, size=w) for c, w in zip(coded.codes, self.widths, strict=True)]
+        parts = [sums(c[rows], amount, size=w) for c, w in zip(self.codes, self.widths, strict=True)]
         parts.append(np.asarray(sums(coded.variant[rows], amount, size=self.n_variants) @ self._carried))
         return np.concatenate(parts), sums(coded.stratum[rows], amount, size=self.n_strata)
 
@@ -71,12 +74,12 @@ class Sums:
         """(P, P) columns by columns, (P, S) columns by strata, and (S,) strata."""
         coded, p = self.coded, self.n_columns
         out, cross = np.zeros((p, p)), np.zeros((p, self.n_strata))
-        for i, codes in enumerate(coded.codes):
+        for i, codes in enumerate(self.codes):
             a = slice(self.starts[i], self.starts[i + 1])
             out[a, a] = np.diag(sums(codes, amount, size=self.widths[i]))
             for j in range(i):
                 b, size = slice(self.starts[j], self.starts[j + 1]), self.widths[i] * self.widths[j]
-                table = sums(codes * self.widths[j] + coded.codes[j], amount, size=size)
+                table = sums(codes * self.widths[j] + self.codes[j], amount, size=size)
                 out[a, b] = table.reshape(self.widths[i], self.widths[j])
                 out[b, a] = out[a, b].T
             out[a, self.n_user :] = self.by_tag(codes, self.widths[i], amount)
@@ -90,7 +93,7 @@ class Sums:
     def linear(self, columns: Floats, strata: Floats) -> Floats:
         """(n,) the linear predictor of these coefficients; of (P, K) and (S, K) coefficients (n, K)."""
         out = strata[self.coded.stratum] + (self._carried @ columns[self.n_user :])[self.coded.variant]
-        for i, codes in enumerate(self.coded.codes):
+        for i, codes in enumerate(self.codes):
             out += columns[self.starts[i] : self.starts[i + 1]][codes]
         return np.asarray(out)
 
@@ -250,11 +253,19 @@ def _covariance(data: Sums, outcome: Floats, q: Floats, z: csc_array) -> Floats:
 
 
 def meat(coded: Coded, centred: Floats, residual: Floats) -> Floats:
-    """(K, K) the variance of the scores Σ size·centred·residual, summed by unit (Liang & Zeger 1986)."""
+    """(K, K) the variance of the scores Σ size·centred·residual, summed by unit (Liang & Zeger 1986).
+
+    Not below LEAST_DESIGN_EFFECT times the variance by exposure: the score of a unit that has most of the rows is about
+    0 where the model is fitted, which looks as if nothing varied.
+    """
+    by_row = coded.count * coded.weight**2
     if coded.unit is None:
         score = centred * residual[:, None]
-        return np.asarray(score.T @ ((coded.count * coded.weight**2)[:, None] * score))
+        return np.asarray(score.T @ (by_row[:, None] * score))
     score = centred * (residual * coded.size)[:, None]
     n_units = int(coded.unit.max(initial=-1)) + 1
     by_unit = np.stack([sums(coded.unit, column, size=n_units) for column in score.T], axis=1)
-    return np.asarray(by_unit.T @ by_unit * (n_units / max(n_units - 1, 1)))
+    found = by_unit.T @ by_unit * (n_units / max(n_units - 1, 1))
+    least = LEAST_DESIGN_EFFECT * ((by_row * residual**2) @ centred**2)
+    wider = np.sqrt(np.maximum(least / np.maximum(np.diag(found), 1e-300), 1.0))
+    return np.asarray(found * np.outer(wider, wider))

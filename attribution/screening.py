@@ -14,13 +14,12 @@ from scipy.sparse import csc_array
 
 from attribution.coding import Coded, Segment
 from attribution.discoveries import NOTHING, Examined, benjamini_hochberg
-from attribution.logistic import Fit, Projection, Sums, fit
+from attribution.logistic import LEAST_DESIGN_EFFECT, Fit, Projection, Sums, fit
 from kaleidoscope.log import Codes, Floats, combine, factorise, sums
 
 MIN_EXPECTED = 10.0  # clicks, and exposures without a click, in the pair and in the rest of its segment
 MIN_INFORMATION = 1e-3  # of a pair's own, that main effects have to leave
 POOLED_CLICKS = 200.0  # as if so many clicks said that a pair's design effect is that of all
-LEAST_DESIGN_EFFECT = 0.8
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +192,7 @@ def _information(data: Sums, projection: Projection, f: int, weight: Floats, own
     member, codes = coded.fields[f].membership, coded.codes[f]
     g, t = own.shape
     columns = np.zeros((g, t, data.n_columns))
-    for other, other_codes in enumerate(coded.codes):
+    for other, other_codes in enumerate(data.codes):
         width, at = data.widths[other], slice(data.starts[other], data.starts[other + 1])
         if other == f:
             table = data.by_tag(codes, size, weight)  # (V, T)
@@ -239,7 +238,11 @@ def _design_effect(
 
 
 def pooled_design_effect(data: Sums, residual: Floats, hc: Floats) -> float:
-    """The design effect of the scores of tags, over all users."""
+    """The design effect of the scores of tags, over all users.
+
+    Not below LEAST_DESIGN_EFFECT: the score of a unit that has most of the rows is about 0 where the model is fitted,
+    which looks as if nothing varied.
+    """
     coded = data.coded
     if coded.one_row_per_unit or coded.unit is None:
         return 1.0
@@ -247,7 +250,8 @@ def pooled_design_effect(data: Sums, residual: Floats, hc: Floats) -> float:
     share = sums(coded.variant, coded.size, size=data.n_variants) @ coded.carried.toarray() / coded.size.sum()
     by_tag = data.by_tag(coded.unit, n_units, residual) - sums(coded.unit, residual, size=n_units)[:, None] * share
     one = data.by_tag(np.zeros(len(coded), np.int64), 1, hc)[0]
-    return float((by_tag**2).sum() / (one * (1 - 2 * share) + share**2 * hc.sum()).sum())
+    by_exposure = float((one * (1 - 2 * share) + share**2 * hc.sum()).sum())
+    return max(float((by_tag**2).sum()) / max(by_exposure, 1e-12), LEAST_DESIGN_EFFECT)
 
 
 def _tests(counts: Mapping[str, _Counts], information: Floats, factor: Floats) -> dict[str, Floats]:

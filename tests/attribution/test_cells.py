@@ -239,6 +239,17 @@ def test_intervals_of_main_effects_hold_where_rows_of_a_unit_go_together() -> No
     assert naive < 100
 
 
+@pytest.mark.parametrize("guests", [0.95, 1.0])
+def test_main_effects_are_not_surer_for_an_id_that_most_exposures_share(guests: float) -> None:
+    log = liking(6_000, 3, 0.0)[0]
+    rng = np.random.default_rng(0)
+    unit = np.where(rng.random(len(log)) < guests, 0, np.arange(len(log)))
+    unit[:12] = np.arange(12)
+    apart, shared = (main_effects(Cells.of(code(one, dependent=False))) for one in (log, replace(log, unit=unit)))
+    for a, b in zip(apart, shared, strict=True):
+        assert a.tag == b.tag and b.ci_high - b.ci_low > 0.75 * (a.ci_high - a.ci_low)
+
+
 def test_what_the_naive_mix_reverses_propensities_set_right() -> None:
     """Simpson: loud is the worse telling for all, and mostly shown to those who click on anything."""
     rng = np.random.default_rng(1)
@@ -254,3 +265,15 @@ def test_what_the_naive_mix_reverses_propensities_set_right() -> None:
     assert clicks[loud].mean() > 2 * clicks[~loud].mean()
     loud_effect = next(m for m in main_effects(Cells.of(code(log))) if m.tag["tone"] == "loud")
     assert loud_effect.ci_low < -0.2 < loud_effect.ci_high < 0
+
+
+@pytest.mark.parametrize("far", [1, 1 << 40])
+def test_rows_of_a_table_are_sorted_and_those_of_the_same_codes_added(far: int) -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 3, (6, 500)) * np.array([[far], [far], [1], [1], [1], [1]])  # too many for one number
+    totals = rng.random((500, 6))
+    table = Table.of(codes, totals)
+    found = dict(zip(map(tuple, table.codes.T.tolist()), table.sums, strict=True))
+    assert list(found) == sorted({tuple(row) for row in codes.T.tolist()})
+    for row, sums in found.items():
+        assert sums == pytest.approx(totals[(row == codes.T).all(axis=1)].sum(axis=0))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from attribution.coding import MAX_VALUES, MAX_WEIGHT, UserField, code
+from attribution.coding import MAX_UNIFORM, MAX_VALUES, MAX_WEIGHT, UserField, code
 from attribution.insights import attribute
 from kaleidoscope.errors import LogError
 from kaleidoscope.log import Log
@@ -150,6 +153,190 @@ def test_a_log_without_a_floor_under_its_propensities_is_refused() -> None:
     log = log_of({"gender": np.where(woman, "f", "m").tolist()}, TAGS, several, woman, propensity=p)
     with pytest.raises(LogError, match=r"no floor.*epsilon"):
         code(log)
+
+
+@pytest.mark.parametrize("certain", [1.0, 0.99995])
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 0.5, 0.65, 0.8])
+def test_a_log_where_some_users_always_see_one_variant_is_refused(share: float, certain: float) -> None:
+    """The variants are alike; who always sees the first one clicks more, on anything, and no user field says so."""
+    rng, n = np.random.default_rng(1), 20_000
+    always = rng.random(n) < share
+    variant = np.where(always, 0, rng.integers(0, 2, n))
+    click = rng.random(n) < np.where(always, 0.3, 0.1)
+    gender = np.array(["f", "m"])[rng.integers(0, 2, n)].tolist()
+    propensity = np.where(always, certain, 0.5)
+    log = log_of({"gender": gender}, {"tone": [["calm"], ["loud"]]}, variant, click, propensity=propensity)
+    with pytest.raises(
+        LogError, match=rf"'p' has no floor: {always.mean():.0%} of the exposures.*`context` or `group`"
+    ):
+        code(log)
+    left = log.take(~always)  # the remedy
+    (calm, _) = attribute(left, dependent=False).main_effects
+    assert calm.ci_low < 0 < calm.ci_high
+
+
+def test_a_trace_that_was_certain_is_left_out_and_told() -> None:
+    rng, n = np.random.default_rng(1), 20_000
+    always = np.arange(n) < 0.008 * n
+    variant = np.where(always, 0, rng.integers(0, 2, n))
+    log = log_of(
+        {"gender": ["f", "m"] * (n // 2)}, {"tone": [["calm"], ["loud"]]}, variant, variant,
+        propensity=np.where(always, 1, 0.5), weight=np.where(np.arange(n) >= n - 10, 0.0, 1.0), unit=np.arange(n),
+    )  # fmt: skip
+    coded = code(log, dependent=False)
+    assert coded.certain == always.sum()
+    assert coded.rows is not None and coded.rows.tolist() == list(range(160, n - 10))
+    assert (log.variant[coded.rows] == coded.variant).all() and len(coded) == n - 170
+    some = coded.take(np.array([5, 3]))
+    assert some.rows is not None and some.rows.tolist() == [165, 163]
+    assert code(log.take(~always & (log.weight > 0)), dependent=False).rows is None
+
+
+def test_what_was_certain_for_everybody_at_its_time_is_left_out_whatever_its_share() -> None:
+    """One variant until a second one came, and a place that shows one variant all along."""
+    rng, n = np.random.default_rng(1), 9_000
+    day = np.arange(n) // 1_000
+    alone, place = day < 6, np.where(np.arange(n) % 3 == 0, "alone", "both")
+    variant = np.where(alone | (place == "alone"), 0, rng.integers(0, 2, n))
+    log = log_of(
+        {"gender": ["f", "m"] * (n // 2)}, {"tone": [["calm"], ["loud"]]}, variant, rng.random(n) < 0.3,
+        propensity=np.where(alone | (place == "alone"), 1, 0.5), context={"place": place.tolist()},
+    )  # fmt: skip
+    with pytest.raises(LogError, match="44% of the exposures were certain"):
+        code(log, dependent=False)
+    coded = code(replace(log, time=day * 86_400.0), dependent=False)
+    assert coded.certain == (alone & (place == "both")).sum() == 4_000
+    assert {coded.strata[s]: int(n) for s, n in enumerate(np.bincount(coded.stratum))} == {
+        "place=alone": 3_000, "place=both": 2_000,
+    }  # fmt: skip
+
+
+def test_one_distribution_for_everybody_is_drawn_however_rare_its_second_variant() -> None:
+    variant = (np.arange(60_000) % 20_000 == 7).astype(np.int64)
+    gender = ["f", "m"] * 30_000
+    propensity = np.where(variant, 0.00005, 0.99995)
+    log = log_of({"gender": gender}, {"tone": [["calm"], ["loud"]]}, variant, variant, propensity=propensity)
+    assert code(log, dependent=False).certain == 0
+
+
+def shown_to_some(reach: dict[str, list[int]], n: int, seed: int = 0, **given: Any) -> Log:
+    """Six variants; users of a gender see those it reaches, equally often."""
+    rng = np.random.default_rng(seed)
+    gender = rng.choice(list(reach), n)
+    variant, p = np.zeros(n, np.int64), np.zeros(n)
+    for who, seen in reach.items():
+        variant[gender == who] = rng.choice(seen, (gender == who).sum())
+        p[gender == who] = 1 / len(seen)
+    return log_of({"gender": gender.tolist()}, TAGS, variant, rng.random(n) < 0.1, propensity=p, **given)
+
+
+def test_users_whom_a_variant_never_reached_are_named() -> None:
+    with pytest.raises(LogError, match=r"'p' has no floor for users of gender = f.* variant v[45], .* stand for 0% of"):
+        code(shown_to_some({"f": [0, 1, 2, 3], "m": [0, 1, 2, 3, 4, 5]}, 4_000), dependent=True)
+    few = shown_to_some({"f": [0, 1], "m": list(range(6)), "x": list(range(6))}, 4_000)
+    with pytest.raises(LogError, match=r"no floor for users of gender = f: .*`context` or `group`"):
+        code(few, dependent=True)
+    by_rule = replace(few, group=(np.array(few.columns["gender"].to_pylist()) == "f").astype(np.int64), groups=GROUPS)
+    assert len(code(by_rule).strata) == 2
+    # So few users may have missed them by chance.
+    assert code(shown_to_some({"f": [0, 1, 2, 3], "m": [0, 1, 2, 3, 4, 5]}, 60), dependent=True)
+
+
+def test_many_variants_that_reach_few_each_are_missed_together() -> None:
+    """A half of the users cannot see 150 of 200 variants, each of which hardly anybody was shown."""
+    rng, n = np.random.default_rng(0), 6_000
+    woman = rng.random(n) < 0.3
+    variant = np.where(woman, rng.integers(0, 50, n), rng.integers(0, 200, n))
+    user = {"gender": np.where(woman, "f", "m").tolist()}
+    variants = {"tone": [[f"t{i}"] for i in range(200)]}
+    log = log_of(user, variants, variant, woman, propensity=np.where(woman, 1 / 50, 1 / 200))
+    with pytest.raises(LogError, match=r"gender = f: 1/propensity is 50 on average, where 200 variants were shown"):
+        code(log, dependent=True)
+
+
+GROUPS = pa.array(["all", "two"])
+N_LOGS = 20
+
+
+def floored(kind: str, n: int, n_variants: int, epsilon: float, rng: np.random.Generator) -> Log:
+    """A log with a floor: a model shows most users the best variant for them, and the rest is drawn."""
+    users = n // 20 if kind == "users seen often" else n
+    gender, city, cohort = rng.integers(0, 2, users), rng.integers(0, 6, users), np.arange(users) * 2 // users
+    best, there = (gender * 7 + city * 3) % n_variants, np.ones((users, n_variants))
+    given: dict[str, Any] = {}
+    if kind == "a variant added later":
+        best, there[cohort == 0, -1] = best % (n_variants - 1), 0
+    elif kind == "variants by group":
+        there[city % 2 == 0, n_variants // 2 + 1 :], best = 0, gender
+        given["group"] = np.where(city % 2 == 0, "few", "all")
+    epsilons = np.where(city == 0, epsilon / 5, epsilon) if kind == "surer of some users" else np.full(users, epsilon)
+    if kind == "surer by and by":
+        epsilons = np.linspace(1, epsilon, users)
+    p = epsilons[:, None] * there / there.sum(axis=1, keepdims=True)
+    p[np.arange(users), best] += 1 - epsilons
+    if kind == "buckets":
+        bucket = rng.choice(3, users, p=[0.1, 0.2, 0.7])
+        p[bucket == 0], p[bucket == 1] = np.eye(n_variants)[0], 1 / n_variants
+        given["bucket"] = np.array(["control", "random", "model"])[bucket]
+    variant = (rng.random(users)[:, None] > p.cumsum(axis=1)).sum(axis=1).clip(max=n_variants - 1)
+    propensity, at = p[np.arange(users), variant], np.arange(users)
+    if kind == "users seen often":
+        at = np.sort(rng.integers(0, users, n))
+    if kind == "counts":
+        given["count"] = rng.choice([0.5, 1.0, 3.0], n)
+    if kind == "weights":  # of what was not clicked, a tenth is kept
+        kept = (clicked := rng.random(n) < np.where(variant == best, 0.3, 0.05)) | (rng.random(n) < 0.1)
+        at, given["weight"] = np.flatnonzero(kept), np.where(clicked, 1.0, 10.0)[kept]
+    user = {"gender": np.array(["f", "m"])[gender[at]].tolist(), "city": np.array(list("abcdef"))[city[at]].tolist()}
+    if kind == "a variant added later":
+        user["cohort"] = np.array(["old", "new"])[cohort[at]].tolist()
+        given["time"] = at * 60.0
+    time, unit = given.pop("time", None), np.unique(at, return_inverse=True)[1]
+    variants = {"tone": [[f"t{i}"] for i in range(n_variants)]}
+    click = rng.random(len(at)) < 0.1
+    return replace(log_of(user, variants, variant[at], click, propensity=propensity[at], unit=unit, **given), time=time)
+
+
+def why_refused(log: Log) -> str | None:
+    try:
+        assert code(log, dependent=True).certain == 0
+    except LogError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("epsilon", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize(("n", "n_variants"), [(500, 3), (8_000, 2), (8_000, 6), (8_000, 216)])
+@pytest.mark.parametrize(
+    "kind",
+    ["epsilon", "surer of some users", "surer by and by", "a variant added later", "variants by group", "buckets",
+     "users seen often", "counts", "weights"],
+)  # fmt: skip
+def test_logs_with_a_floor_are_never_refused(kind: str, n: int, n_variants: int, epsilon: float) -> None:
+    if kind in ("a variant added later", "variants by group"):
+        n_variants = max(n_variants, 4)  # with two, one alone would have been certain
+    for seed in range(N_LOGS):
+        log = floored(kind, n, n_variants, epsilon, np.random.default_rng([seed, n]))
+        refused = why_refused(log)
+        assert refused is None or "as likely for everybody" in refused  # too few draws to see that users differed
+
+
+def test_how_much_of_the_main_effects_is_clipped_is_told() -> None:
+    """Of 216 variants 1 in 200 by chance: preferences keep all of it, main effects lose a half of what was drawn."""
+    rng, n = np.random.default_rng(0), 40_000
+    best, epsilon = rng.integers(0, 216, n), 0.005
+    variant = np.where(rng.random(n) < epsilon, rng.integers(0, 216, n), best)
+    p = epsilon / 216 + (1 - epsilon) * (variant == best)
+    user = {"taste": best % 8.0}
+    coded = code(log_of(user, {"tone": [[f"t{i}"] for i in range(216)]}, variant, variant > 9, propensity=p))
+    drawn = (variant != best).mean()
+    assert coded.clipped == 0
+    assert coded.clipped_uniform == pytest.approx(drawn)
+    whole = (1 / p).mean()
+    lost = (1 / p / whole - MAX_UNIFORM)[variant != best].sum() / n
+    assert coded.lost_uniform == pytest.approx(lost) and lost > 0.4
+    even = code(log_of(user, {"tone": [[f"t{i}"] for i in range(216)]}, variant, variant > 9), dependent=False)
+    assert (even.clipped_uniform, even.lost_uniform) == (0, 0)
 
 
 def always_the_best(n: int, epsilon: float, seed: int = 0) -> Log:

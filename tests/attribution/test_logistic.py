@@ -27,7 +27,8 @@ def example(n: int = 3_000, *, weighted: bool = False, rows_per_unit: int = 1) -
         {"gender": gender.tolist(), "city": city.tolist()}, TAGS, variant, rng.random(n) < 1 / (1 + np.exp(-logit)),
         context={"hour": hour.tolist()}, unit=unit, weight=rng.uniform(0.5, 2, n) if weighted else np.ones(n),
     )  # fmt: skip
-    return code(log, dependent=False), np.stack([(gender == "f") & loud, (city == "b") & flat], axis=1).astype(float)
+    coded = replace(code(log, dependent=False), held=())
+    return coded, np.stack([(gender == "f") & loud, (city == "b") & flat], axis=1).astype(float)
 
 
 def design(coded: Coded, z: Array) -> Array:
