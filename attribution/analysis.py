@@ -10,30 +10,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from attribution.coding import MAX_VALUES, Coded, Tag
-from attribution.consensus import CONTRIBUTIONS, EBM, GRID, NETWORK, PREFERENCE
-from attribution.insights import STATISTICS, Attribution, Insight
+from attribution.coding import MAX_UNIFORM, MAX_VALUES, MAX_WEIGHT, Coded, Tag
+from attribution.insights import Attribution, Insight
 from kaleidoscope.errors import LogError
-from kaleidoscope.log import Check, Codes, Floats, Log, sums
-from kaleidoscope.vocabulary import Bucket, Level
+from kaleidoscope.log import Check, Log, sums
+from kaleidoscope.vocabulary import Bucket, Level, Method
 
 if TYPE_CHECKING:
     from attribution.consensus import Agreement
     from attribution.contributions import ContributionResult
     from attribution.ebm import EbmResult, NetworkEbm
-    from attribution.effectiveness import Effectiveness
+    from attribution.effectiveness import Design, Effectiveness
     from attribution.grid import GridResult
     from attribution.preference import PreferenceResult
     from kaleidoscope.ranker import Ranker
 
-SHAPES = "network_ebm"
-METHODS = (STATISTICS, EBM, GRID, PREFERENCE, CONTRIBUTIONS, NETWORK)
-SCORED = 50_000  # exposures that a model's logits are asked of
-SCORED_AT_ONCE = 2_000
+SHAPES = "network_ebm"  # what the network learned, as an EBM says it: a picture, not a method
+LARGE = 0.05  # of the exposures, of one unit: from there on it is told
+MUCH = 0.01  # of the exposures clipped, or of what they stand for lost: from there on it is a warning
 MOST_VARIANTS = 20_000  # whose tags the report can name
 EARLIEST_S, LATEST_S = 946_684_800.0, 4_102_444_800.0  # 2000 and 2100
 
@@ -86,12 +84,25 @@ class Analysis:
     @property
     def by_method(self) -> dict[str, Sequence[Insight]]:
         """The insights of each method that was done."""
-        found = {STATISTICS: self.attribution, EBM: self.ebm, GRID: self.grid, PREFERENCE: self.preference,
-                 CONTRIBUTIONS: self.contributions, NETWORK: self.network}  # fmt: skip
-        return {name: result.insights for name, result in found.items() if result is not None}
+        return insights_by_method(
+            self.attribution, self.ebm, self.grid, self.preference, self.contributions, self.network
+        )
+
+
+def insights_by_method(
+    statistics: Attribution, ebm: EbmResult | None, grid: GridResult | None, preference: PreferenceResult | None,
+    contributions: ContributionResult | None, network: ContributionResult | None,
+) -> dict[str, Sequence[Insight]]:  # fmt: skip
+    """Method → insights, of those that were done."""
+    found = {
+        Method.STATISTICS: statistics, Method.EBM: ebm, Method.GRID: grid, Method.PREFERENCE: preference,
+        Method.CONTRIBUTIONS: contributions, Method.NETWORK: network,
+    }  # fmt: skip
+    return {str(method): result.insights for method, result in found.items() if result is not None}
 
 
 Stage = Callable[[str], AbstractContextManager[None]]
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -106,67 +117,62 @@ def analyse(
     seed: int = 0,
     simulated: bool = False,
     ranker: Ranker | None = None,
-    shares: Mapping[str, float] | None = None,
+    shares: Design | None = None,
     control: str = Bucket.CONTROL.value,
     dependent: bool | None = None,
     stage: Stage = _silent,
 ) -> Analysis:
     """Every method over a log, their agreement, and the three doubts about the lift of its buckets.
 
-    `ranker`: a model whose reasons are shown beside. `shares`: the designed shares of units by bucket. `control`: the
-    bucket that shows everybody the same. `dependent`: what `exposure_independence` said; None asks it. `stage` is told
-    what begins. Raises LogError for a log that supports no attribution, as `coding.code` does.
+    `ranker`: a model whose reasons are shown beside. `shares`: as `effectiveness` takes them. `control`: the bucket
+    that shows everybody the same. `dependent`: what `exposure_independence` said; None asks it. `stage` is told what
+    begins. Raises LogError for a log that supports no attribution, as `coding.code` does.
     """
-    from attribution.coding import code
-    from attribution.consensus import agreements
+    from attribution.coding import code, require_units
+    from attribution.consensus import TwoValued, agreements
     from attribution.contributions import lightgbm_contributions, network_contributions
     from attribution.ebm import ebm, ebm_of_network
     from attribution.effectiveness import effectiveness
     from attribution.grid import grid
     from attribution.insights import attribute_coded
     from attribution.preference import preferences
+    from attribution.scoring import logits_of, rows_of
 
-    seconds: dict[str, float] = {}
-    not_done: dict[str, str] = {}
+    seconds, not_done = dict[str, float](), dict[str, str]()
 
-    def timed(of: str, work: Callable[[], Any]) -> Any:
+    def timed(of: str, work: Callable[[], Result]) -> Result:
         with stage(of):
             start = time.perf_counter()
             found = work()
             seconds[of] = round(time.perf_counter() - start, 3)
         return found
 
+    def done(method: Method, lacks: str | None, work: Callable[[], Result]) -> Result | None:
+        if lacks is None:
+            return timed(method, work)
+        not_done[method] = lacks
+        return None
+
     learned_from = without_control(log, control)
+    require_units(learned_from)
     coded = timed("code", lambda: code(learned_from, dependent=dependent))
-    statistics = timed(STATISTICS, lambda: attribute_coded(coded))
-    lacking = None if coded.fields else "The log names no user fields: nobody's preferences can be told apart."
-    lacking = lacking or (None if coded.tags else "No tag varies among the variants that were shown.")
-    found: dict[str, Any] = dict.fromkeys((PREFERENCE, EBM, GRID, CONTRIBUTIONS, NETWORK, SHAPES))
-    works: dict[str, Callable[[], Any]] = {
-        PREFERENCE: lambda: preferences(coded),
-        EBM: lambda: ebm(coded, seed=seed),
-        GRID: lambda: grid(coded, statistics),
-        CONTRIBUTIONS: lambda: lightgbm_contributions(coded, seed=seed),
-    }
-    for method, work in works.items():
-        if lacking:
-            not_done[method] = lacking
-        else:
-            found[method] = timed(method, work)
-    unfit = lacking or ("No model was given." if ranker is None else _unfit(ranker, learned_from))
-    if unfit or ranker is None:
-        not_done[NETWORK] = unfit or ""
+    statistics = timed(Method.STATISTICS, lambda: attribute_coded(coded))
+    lacking = _lacking(coded)
+    preference = done(Method.PREFERENCE, lacking, lambda: preferences(coded))
+    boosted = done(Method.EBM, lacking, lambda: ebm(coded, seed=seed))
+    crossings = done(Method.GRID, lacking, lambda: grid(coded, statistics))
+    trees = done(Method.CONTRIBUTIONS, lacking, lambda: lightgbm_contributions(coded, seed=seed))
+    network, pictures, unfit = None, None, lacking or _unfit(ranker, learned_from)
+    if ranker is None or unfit:
+        not_done[Method.NETWORK] = str(unfit)
     else:
-        found[NETWORK] = timed(
-            NETWORK, lambda: network_contributions(learned_from, coded, ranker, statistics=statistics)
-        )
-        rows, logits = logits_of(ranker, learned_from, seed)
+        model = ranker
+        network = timed(Method.NETWORK, lambda: network_contributions(learned_from, coded, model, statistics))
+        rows, logits = logits_of(model, rows_of(learned_from, coded), seed)
         try:
-            found[SHAPES] = timed(SHAPES, lambda: ebm_of_network(coded.take(rows), logits, seed=seed))
+            pictures = timed(SHAPES, lambda: ebm_of_network(coded.take(rows), logits, seed=seed))
         except LogError as error:
             not_done[SHAPES] = str(error)
-    by_method = {STATISTICS: statistics.insights}
-    by_method |= {method: found[method].insights for method in METHODS[1:] if found[method] is not None}
     return Analysis(
         log_name=name,
         scene=log.schema.scene,
@@ -176,13 +182,31 @@ def analyse(
         variants=_variants(log),
         tags=coded.tags,
         attribution=statistics,
-        agreements=agreements(by_method),
+        preference=preference,
+        ebm=boosted,
+        network_ebm=pictures,
+        grid=crossings,
+        contributions=trees,
+        network=network,
+        agreements=agreements(
+            insights_by_method(statistics, boosted, crossings, preference, trees, network), TwoValued.of(coded)
+        ),
         effectiveness=timed("effectiveness", lambda: effectiveness(log, control=control, shares=shares)),
         not_done=not_done,
         checks=(*log.checks, *_left_out(coded)),
         timings_s=seconds,
-        **found,
     )
+
+
+def _lacking(coded: Coded) -> str | None:
+    """Why nobody's preferences can be told apart in any log like this one; None where they can."""
+    if not coded.fields:
+        return "The log names no user fields: nobody's preferences can be told apart."
+    if not coded.tags:
+        return "No tag varies among the variants that were shown."
+    if all(len(np.unique(codes)) < 2 for codes in coded.codes):
+        return "No user field tells users apart: each is the same, or empty, in every row that counts."
+    return None
 
 
 def without_control(log: Log, control: str) -> Log:
@@ -194,12 +218,43 @@ def without_control(log: Log, control: str) -> Log:
 
 
 def _left_out(coded: Coded) -> Iterator[Check]:
+    """What of the log does not count, or not in full."""
+    if coded.unit is not None and not coded.one_row_per_unit:
+        largest = float(sums(coded.unit, coded.count).max() / coded.count.sum())
+        if largest >= LARGE:
+            yield Check(
+                "unit_dominates", Level.WARNING,
+                f"One unit has {_percent(largest)} of the exposures: an id that many share, of guests perhaps, is not a"
+                " person. What it did counts as one person's; give everybody an id, or leave those without one out.",
+            )  # fmt: skip
+    if coded.certain:
+        yield Check(
+            "certain_exposures", Level.INFO,
+            f"{coded.certain:,.0f} exposures are left out: their users could have seen nothing else (propensity 1), so"
+            " that they say nothing of what these users prefer.",
+        )  # fmt: skip
+    for whose, most, clipped, lost in (
+        ("preferences", MAX_WEIGHT, coded.clipped, 0.0),
+        ("main effects", MAX_UNIFORM, coded.clipped_uniform, coded.lost_uniform),
+    ):  # fmt: skip
+        if clipped:
+            gone = f" {_percent(lost)} of all that exposures stand for is lost by it." if lost else ""
+            yield Check(
+                "weights_clipped", Level.WARNING if max(lost, clipped) >= MUCH else Level.INFO,
+                f"Of {whose}, {_percent(clipped)} of the exposures would count more than {most:g} times the mean,"
+                f" and count as {most:g}.{gone} What is said of the variants they showed is drawn towards the mix"
+                " that the log happened to show. Explore with a larger share, or attribute the random bucket alone.",
+            )  # fmt: skip
     if coded.left_out:
         yield Check(
             "tags_left_out", Level.INFO,
             f"{coded.left_out:,} tag values are not looked at: of each dimension the {MAX_VALUES} that were shown most."
             " Group values that mean the same, or describe materials by fewer.",
         )  # fmt: skip
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
 
 
 def facts_of(log: Log) -> Facts:
@@ -246,23 +301,10 @@ def _moment(seconds: float) -> str | None:
     return datetime.fromtimestamp(seconds, UTC).isoformat() if EARLIEST_S <= seconds <= LATEST_S else None
 
 
-def logits_of(ranker: Ranker, log: Log, seed: int) -> tuple[Codes, Floats]:
-    """Rows of the log, at most SCORED of them, and the model's logit of what was shown there."""
-    rows = np.arange(len(log))
-    if len(log) > SCORED:
-        rows = np.sort(np.random.default_rng([seed, 3]).choice(len(log), SCORED, replace=False))
-    some, side = log.take(rows), ranker.variant_side(log.variants)
-    columns = {name: column.to_pylist() for name, column in some.columns.items()}
-    features, out = ranker.features(columns, len(some)), np.empty(len(some))
-    for start in range(0, len(some), SCORED_AT_ONCE):
-        at = slice(start, start + SCORED_AT_ONCE)
-        scores = ranker.score(features.take(at), side)
-        out[at] = scores[np.arange(len(scores)), some.variant[at]]
-    return rows, out
-
-
-def _unfit(ranker: Ranker, log: Log) -> str | None:
-    """Why a model's reasons do not fit a log; None where they do."""
+def _unfit(ranker: Ranker | None, log: Log) -> str | None:
+    """Why there are no reasons of a model for a log; None where there are."""
+    if ranker is None:
+        return "No model was given."
     known = {field.name for field in ranker.signature.encoder.fields}
     dimensions = {dimension.name for dimension in ranker.signature.encoder.dimensions}
     if not known & set(log.schema.user) or not dimensions & set(log.schema.variant):

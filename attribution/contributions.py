@@ -16,14 +16,14 @@ from scipy.special import expit, logit
 from threadpoolctl import threadpool_limits
 
 from attribution.coding import MAX_VALUES, Coded
-from attribution.insights import Attribution, Candidate, Diagnostics, Insight, attribute_coded, confirm, halves
+from attribution.insights import Attribution, Candidate, Diagnostics, Insight, confirm, halves
 from attribution.logistic import Sums, fit
+from attribution.scoring import auc_of, features_of, rows_of
 from kaleidoscope.encoding import Features
 from kaleidoscope.errors import InputError, NotFoundError
 from kaleidoscope.log import Codes, Floats, Log, sums
 from kaleidoscope.ranker import Ranker
-
-CONTRIBUTIONS, NETWORK = "contributions", "network"
+from kaleidoscope.vocabulary import Method
 
 TREES = 30  # of a family
 LEAVES = 6  # of a tree
@@ -40,11 +40,16 @@ LEAST_LOGIT = 0.01  # of the network's, from which on a preference is one: odds 
 class ContributionResult:
     """What a model's contributions lead to."""
 
-    insights: tuple[Insight, ...]  # confirmed; `importance` is the model's own: logits, with their sign
+    insights: tuple[Insight, ...]  # `importance` is the model's own: logits, with their sign
     diagnostics: Diagnostics  # of what confirmed them
     candidates: tuple[Candidate, ...]  # what the model proposes
     importance: tuple[tuple[str, str, float], ...]  # field, dimension, mean |contribution| in logits; largest first
     auc: float | None  # on exposures that the model did not learn from; None where there are none
+
+    def to_json(self) -> dict[str, object]:
+        """As `models` of summary.json holds it: how well the model ranks, and which pairs it leans on."""
+        names = ("field", "dimension", "mean_size")
+        return {"auc": self.auc, "pairs": [dict(zip(names, row, strict=True)) for row in self.importance]}
 
 
 # ── families ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -115,13 +120,16 @@ def _mean(total: Floats, n: Floats) -> Floats:
     return np.asarray(np.divide(total, n, out=np.zeros_like(total), where=n > 0))
 
 
-def _candidates(coded: Coded, seen: Sequence[_Seen], noticed: Sequence[bool]) -> tuple[Candidate, ...]:
-    """Every pair of the families that were noticed, and of those of the same field that share a dimension with them:
-    what is to be told apart from a preference has to be looked at beside it."""
-    kept = [one.family for one, found in zip(seen, noticed, strict=True) if found]
+def _candidates(
+    coded: Coded, seen: Sequence[_Seen], firm: Sequence[NDArray[np.bool_]], proposed: Sequence[bool]
+) -> tuple[Candidate, ...]:
+    """Every pair of the families that are proposed, and of those of the same field that share a dimension with them:
+    what is to be told apart from a preference has to be looked at beside it. Contributions that are not `firm`
+    (segments, tags) are too near to 0 to have a sign, and are not told."""
+    kept = [one.family for one, found in zip(seen, proposed, strict=True) if found]
     return tuple(
-        Candidate(segment, tag, float(one.pairs[i, j]))
-        for one in seen
+        Candidate(segment, tag, float(one.pairs[i, j]) if sure[i, j] else None)
+        for one, sure in zip(seen, firm, strict=True)
         if any(one.family.field == other.field and one.family.dimensions & other.dimensions for other in kept)
         for i, segment in enumerate(coded.fields[one.family.field].segments)
         for j, tag in enumerate(one.family.tags)
@@ -153,26 +161,26 @@ def lightgbm_contributions(coded: Coded, *, seed: int = 0) -> ContributionResult
     first, second = halves(coded)
     families = _families(coded)
     if not families or not len(first) or not len(second):
-        return ContributionResult((), confirm(second, (), CONTRIBUTIONS).diagnostics, (), (), None)
+        return ContributionResult((), confirm(second, (), Method.CONTRIBUTIONS).diagnostics, (), (), None)
     with threadpool_limits(1, "blas"):
         data = Sums(first)
         null = fit(data, first.reward)
-        grown, amounts = _grown(first, families, logit(null.probability), seed)
-        seen = [_seen(data, family, a) for family, a in zip(families, amounts, strict=True)]
+        grown = _grown(first, families, logit(null.probability), seed)
+        seen = [_seen(data, family, said[family.cell(first)]) for family, said in zip(families, grown, strict=True)]
+        whole = [_beside(data, one, families, grown) for one in seen]
         curvature = first.size * null.probability * (1 - null.probability)
-        candidates = _candidates(coded, seen, [_noticed(data, one, curvature) for one in seen])
-        found = confirm(second, candidates, CONTRIBUTIONS)
+        proposed = [bool(_noticed(data, one, curvature).any()) for one in seen]
+        candidates = _candidates(coded, whole, [_noticed(data, one, curvature) for one in whole], proposed)
+        found = confirm(second, candidates, Method.CONTRIBUTIONS)
         score = Sums(second).linear(null.columns, null.strata)
         for family, cells in zip(families, grown, strict=True):
             score += cells[family.cell(second)]
-    auc = _auc(second, score)
+    auc = auc_of(second, score)
     return ContributionResult(tuple(found.insights), found.diagnostics, candidates, _importance(coded, seen), auc)
 
 
-def _grown(
-    coded: Coded, families: Sequence[_Family], offset: Floats, seed: int
-) -> tuple[list[Floats], Iterator[Floats]]:
-    """Per family, what its trees say of each cell, and per family each exposure's contribution (n,)."""
+def _grown(coded: Coded, families: Sequence[_Family], offset: Floats, seed: int) -> list[Floats]:
+    """Per family, what its trees say of each cell."""
     score, excess = offset.copy(), []
     for family in families:
         gradient, curvature = _sums_of(coded, family, score)
@@ -183,11 +191,24 @@ def _grown(
         gradient, curvature = _sums_of(coded, families[i], score)
         said[i] = _contributions(coded, families[i], gradient, curvature, seed)
         score += said[i][families[i].cell(coded)]
-    return said, (cells[family.cell(coded)] for family, cells in zip(families, said, strict=True))
+    return said
+
+
+def _beside(data: Sums, seen: _Seen, families: Sequence[_Family], grown: Sequence[Floats]) -> _Seen:
+    """What all trees say of a family's pairs: also those of its field with tags that share a dimension. Of two families
+    that can say the same, one says it first, and leaves nothing to the other."""
+    own = seen.family
+    near = [i for i, f in enumerate(families) if f.field == own.field and f.dimensions & own.dimensions]
+    if len(near) == 1:
+        return seen
+    return _seen(data, own, np.sum([grown[i][families[i].cell(data.coded)] for i in near], axis=0))
 
 
 def _contributions(coded: Coded, family: _Family, gradient: Floats, curvature: Floats, seed: int) -> Floats:
-    """(cells,) the SHAP values of field and tags: each of them has its half of what the two do together.
+    """(cells,) the SHAP values of field and tags, added. Each has its half of what the two do together: averaged over
+    segment × tag, the tags' columns less their average over everybody are half of the centred sum (.46 to .61 of it in
+    simulated worlds, correlated .998), so that nothing but the scale would differ. The sum is in whole logits, as γ and
+    the network's terms are.
 
     Trees are grown on sums by cell, which are all that a tree can ask of the exposures: near the logits so far the log
     loss is quadratic, and its minimum in a leaf is Σ gradient / Σ curvature, a weighted mean of the cells.
@@ -229,70 +250,45 @@ def _sums_of(coded: Coded, family: _Family, score: Floats) -> tuple[Floats, Floa
     return sums(cell, gradient, size=cells), sums(cell, curvature, size=cells)
 
 
-def _noticed(data: Sums, seen: _Seen, curvature: Floats) -> bool:
-    """Whether a pair of the family has a contribution of NOTICED standard errors, of a cell that is centred in both."""
+def _noticed(data: Sums, seen: _Seen, curvature: Floats) -> NDArray[np.bool_]:
+    """(segments, tags) whether a contribution is NOTICED standard errors from 0, of a cell that is centred in both."""
     coded, f, tags = data.coded, seen.family.field, list(seen.family.tags)
     codes, member = coded.codes[f], coded.fields[f].membership
     cell = member @ data.by_tag(codes, data.widths[f], curvature)[:, tags]
     segment = (member @ sums(codes, curvature, size=data.widths[f]))[:, None] / curvature.sum()
     tag = data.by_tag(np.zeros(len(coded), np.int64), 1, curvature)[0, tags] / curvature.sum()
     left = np.maximum((1 - segment) * (1 - tag), 1e-12)
-    return bool((np.abs(seen.pairs) * np.sqrt(cell / left) >= NOTICED).any())
-
-
-def _auc(coded: Coded, score: Floats) -> float | None:
-    """The chance that a click has a higher score than an exposure without one."""
-    from sklearn.metrics import roc_auc_score
-
-    clicked = coded.reward > 0
-    if clicked.all() or not clicked.any():
-        return None
-    return float(roc_auc_score(clicked, score, sample_weight=coded.size))
+    return np.asarray(np.abs(seen.pairs) * np.sqrt(cell / left) >= NOTICED)
 
 
 # ── the network ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def network_contributions(
-    log: Log, coded: Coded, ranker: Ranker, *, seen: bool = True, statistics: Attribution | None = None
-) -> ContributionResult:
-    """What the exact field × tag terms of an exported network lead to; its deep part has no such terms and is left out.
+def network_contributions(log: Log, coded: Coded, ranker: Ranker, statistics: Attribution) -> ContributionResult:
+    """What the exact field × tag terms of an exported network say of what method 1 found; its deep part has no such
+    terms and is left out.
 
-    `coded` is `code(log)`. `seen`: whether the network learned from any of these exposures. Then nothing is left to
-    confirm its proposals on, and only what method 1 finds among all pairs of the log, with the thresholds, q-values and
-    intervals of that search, is an insight, where the network proposes it with the same sign. `statistics` is
-    that finding, where there is one. With `seen=False` all exposures confirm what the network proposes.
+    `coded` is `code(log)`, `statistics` what method 1 found there. The network learned from these very exposures, or
+    may have: it has no test of its own, and adds no finding. An insight of it is one of method 1, with method 1's
+    effect, interval and q-value, of which it has an opinion: `importance`, above 0 where it says that the segment takes
+    to the tag, below where it says the opposite. Of what is not among its insights it says hardly anything.
 
     Raises InputError where the network knows none of the log's user fields or tags.
     """
-    log = log.take(log.weight > 0) if len(log) != len(coded) else log
-    if len(log) != len(coded) or (log.variant != coded.variant).any():
-        raise InputError("network_contributions: log and coded exposures differ; give code(log) of the same log.")
+    log = rows_of(log, coded)
     rows = _some(len(coded))
     some, families = coded.take(rows), _families(coded)
     data, amounts = Sums(some), _of_network(log.take(rows), some, families, ranker)
     found = [_seen(data, family, amount) for family, amount in zip(families, amounts, strict=True)]
-    noticed = [bool((np.abs(one.pairs) >= LEAST_LOGIT).any()) for one in found]
-    candidates, importance = _candidates(coded, found, noticed), _importance(coded, found)
-    if not seen:
-        confirmed = confirm(coded, candidates, NETWORK)
-        auc = _auc(some, _scores(log.take(rows), ranker))
-        return ContributionResult(tuple(confirmed.insights), confirmed.diagnostics, candidates, importance, auc)
-    statistics = statistics or attribute_coded(coded)
-    own = {(c.segment, c.tag): c.importance for c in candidates if abs(c.importance) >= LEAST_LOGIT}
-    kept = [
-        replace(insight, methods=(NETWORK,), importance={NETWORK: own[pair]})
+    firm = [np.abs(one.pairs) >= LEAST_LOGIT for one in found]
+    candidates = _candidates(coded, found, firm, [bool(sure.any()) for sure in firm])
+    own = {(c.segment, c.tag): c.importance for c in candidates if c.importance is not None}
+    told = tuple(
+        replace(insight, methods=(Method.NETWORK,), importance={Method.NETWORK: own[pair]})
         for insight, pair in zip(statistics.insights, statistics.diagnostics.selected, strict=True)
-        if pair in own and own[pair] * insight.effect > 0
-    ]
-    return ContributionResult(tuple(kept), statistics.diagnostics, candidates, importance, None)
-
-
-def _features(log: Log, ranker: Ranker) -> Features:
-    columns = dict(log.columns)
-    if log.group is not None and log.groups is not None and log.schema.group is not None:
-        columns[log.schema.group] = log.groups.take(pa.array(log.group))
-    return ranker.signature.encoder.features(columns, len(log))
+        if pair in own
+    )
+    return ContributionResult(told, statistics.diagnostics, candidates, _importance(coded, found), None)
 
 
 def _of_network(log: Log, coded: Coded, families: Sequence[_Family], ranker: Ranker) -> Iterator[Floats]:
@@ -306,22 +302,11 @@ def _of_network(log: Log, coded: Coded, families: Sequence[_Family], ranker: Ran
             f"model {ranker.version}: it knows the fields {sorted(field)} and the tags {sorted(dimension)}, the log has"
             f" {sorted(users)} and {sorted(tags)}. Give a model of this scene."
         )
-    terms = ranker.pair_terms(_features(log, ranker), ranker.variant_side(log.variants), log.variant)
+    terms = ranker.pair_terms(features_of(log, ranker), ranker.variant_side(log.variants), log.variant)
     for family in families:
         f = field.get(coded.fields[family.field].name)
         columns = [dimension[d] for d in family.dimensions if d in dimension]
         yield np.zeros(len(log)) if f is None else terms[:, f, columns].sum(axis=1, dtype=np.float64)
-
-
-def _scores(log: Log, ranker: Ranker) -> Floats:
-    """(n,) logits of what was shown."""
-    features, side = _features(log, ranker), ranker.variant_side(log.variants)
-    step = max(1, 2_000_000 // max(len(side), 1))
-    parts = [
-        np.take_along_axis(ranker.score(features.take(at), side), log.variant[at, None], axis=1)[:, 0]
-        for at in (slice(i, i + step) for i in range(0, len(log), step))
-    ]
-    return np.concatenate([np.zeros(0), *parts])
 
 
 # ── one decision ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from attribution.effectiveness import Effectiveness, EyeCatching, Fatigue, Measured, OtherCauses
 
 LISTED = 25  # rows of a table
+VARIANTS = 10  # of those, each with its tags
 TAGS_SHOWN = 160  # characters of a variant's tags
 UNEVEN = 0.05  # q, or p adjusted, up to which a difference is drawn as one
 
@@ -56,7 +57,7 @@ def _measured(
 ) -> Bar:
     """A row of an estimate; ratios are given as what they are more or less than 1."""
     if found is None:
-        return Bar(Markup("{}").format(label), None, n=n, note="too few clicks")
+        return Bar(Markup("{}").format(label), None, n=n, note="too few units or clicks")
     scale = log_ratio if unit is Unit.RATIO else float
     return Bar(
         Markup("{}").format(label), scale(found.value), scale(found.ci_low), scale(found.ci_high), n,
@@ -69,6 +70,8 @@ def _trends(fatigue: Fatigue) -> list[tuple[str, Markup]]:
     for trend in fatigue.trends:
         over = "time" if trend.over == "time" else "how often a user has seen the scene"
         bars = [_measured(text(s.label), s.lift, Unit.RATIO, s.exposures) for s in trend.slices]
+        if all(bar.value is None for bar in bars):
+            continue
         head = "Time" if trend.over == "time" else "Exposure"
         pictures.append(
             (
@@ -84,9 +87,15 @@ def _comparisons(other: OtherCauses) -> list[tuple[str, Markup]]:
     if other.sample_ratio is not None:
         ratio = other.sample_ratio
         words = "as designed" if not ratio.flagged else "not as designed"
-        units = [(b, f"{n:,}", share(ratio.shares.get(b, 0.0))) for b, n in ratio.units.items()]
+        units = [
+            (b, f"{n:,}", f"{ratio.expected.get(b, 0.0):,.0f}", share(ratio.shares.get(b, 0.0)))
+            for b, n in ratio.units.items()
+        ]
         pictures.append(
-            (f"Units by bucket: {words} (p = {_p(ratio.p_value)})", _table(("Bucket", "Units", "Share"), units))
+            (
+                f"Units by bucket: {words} (p = {_p(ratio.p_value)})",
+                _table(("Bucket", "Units", "As designed", "Share"), units),
+            )
         )
     if other.balance:
         bars = []
@@ -137,7 +146,7 @@ def _eye_catching(few: EyeCatching, carried: Mapping[str, Mapping[str, Sequence[
         )
     if few.variants:
         bars = []
-        for v in few.variants[:LISTED]:
+        for v in few.variants[:VARIANTS]:
             sure = v.q_value is not None and v.q_value <= UNEVEN
             bar = replace(_measured(name(v.variant_id, 40), v.lift, Unit.RATIO, v.exposures), marked=sure)
             rates = f"chosen {_rate(v.ctr)}; at random {_rate(v.random_ctr)}; {share(v.share, 0)} of what was chosen"
@@ -146,7 +155,8 @@ def _eye_catching(few: EyeCatching, carried: Mapping[str, Mapping[str, Sequence[
         left = len(few.variants) - len(bars)
         more = f" ({left:,} more variants, shown less, are in variants.csv)" if left else ""
         pictures.append((
-            f"Each variant where the model chose it, over the same variant shown at random{more}. Filled: q ≤ {UNEVEN}",
+            f"Each variant where the model chose it, over the same variant shown at random{more}. Filled: q ≤ {UNEVEN}"
+            " (of all that look as sure, at most one in twenty is expected to be chance)",
             forest(bars, head="Variant", value="More clicks than at random", even=True),
         ))  # fmt: skip
     return pictures

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,10 +23,11 @@ from attribution.cells import dealt
 from attribution.coding import Coded, Segment
 from attribution.insights import Candidate, Diagnostics, Insight, confirm, halves
 from attribution.logistic import Projection, Sums, fit
+from attribution.scoring import auc_of
 from kaleidoscope.errors import LogError
 from kaleidoscope.log import FEW_UNITS, Codes, Floats, combine, factorise, sums
+from kaleidoscope.vocabulary import Method
 
-METHOD = "ebm"
 OUTER_BAGS = 8
 LEVEL = 0.95
 SUSPECTED = 0.1  # p-value (Simes) of a field × dimension's strongest segment × tag, up to which the pair is boosted:
@@ -42,8 +43,7 @@ NETWORK_ROWS = 50_000  # of a network's answers, which have no noise: more say t
 NETWORK_ROUNDS = 400  # at the library's learning rate, of which each leaves 1.5 % of what it found
 LEAST_VARIANCE = 1e-3  # of a network's logits, that a pair has to explain to be boosted
 PURIFICATIONS = 100
-NEAR = 0.5  # of the strength of a heat map's strongest contrast, from which on one is a candidate
-NOTICED = 0.5  # standard errors that it has to be at least; boosting that stops early leaves less than there is
+NEAR = 0.5  # of the strongest z of a pair that is boosted, from which on a segment × tag is a candidate
 NONE = "none"  # the variants that carry none of a dimension's values that vary
 
 
@@ -61,6 +61,15 @@ class Shape:
     high: Floats
     n: Floats  # (B,) exposures
 
+    def to_json(self) -> dict[str, object]:
+        """As `models` of summary.json holds it, in logits."""
+        columns = zip(*map(_plain, (self.effect, self.low, self.high, self.n)), strict=True)
+        names = ("logit", "low", "high", "n")
+        return {"name": self.name, "values": [
+            {"value": label, **dict(zip(names, row, strict=True))}
+            for label, row in zip(self.labels, columns, strict=True)
+        ]}  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class HeatMap:
@@ -76,6 +85,15 @@ class HeatMap:
     n: Floats  # (R, C) exposures
     importance: float  # mean |effect| of an exposure
 
+    def to_json(self) -> dict[str, object]:
+        """As `models` of summary.json holds it, in logits; null where nobody was shown it."""
+        shown = {"logit": self.effect, "low": self.low, "high": self.high, "n": self.n}
+        return {
+            "field": self.field, "dimension": self.dimension, "importance": self.importance,
+            "rows": list(self.rows), "columns": list(self.columns),
+            **{name: [_plain(row) for row in values] for name, values in shown.items()},
+        }  # fmt: skip
+
 
 @dataclass(frozen=True, eq=False)
 class EbmResult:
@@ -88,6 +106,10 @@ class EbmResult:
     auc: float | None  # of the other half's units; None where there is nothing to learn or to rank
     seconds: float
     candidates: tuple[Candidate, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        """As `models` of summary.json holds it; its insights are under `methods`."""
+        return {"auc": self.auc} | _pictures(self.shapes, self.heat_maps)
 
 
 @dataclass(frozen=True)
@@ -106,6 +128,10 @@ class Fidelity:
             return None
         return 1 - (1 - self.r2) / (1 - self.r2_main)
 
+    def to_json(self) -> dict[str, object]:
+        """As `models` of summary.json holds it."""
+        return asdict(self) | {"of_the_rest": self.of_the_rest}
+
 
 @dataclass(frozen=True, eq=False)
 class NetworkEbm:
@@ -114,6 +140,19 @@ class NetworkEbm:
     shapes: tuple[Shape, ...]
     heat_maps: tuple[HeatMap, ...]
     fidelity: Fidelity
+
+    def to_json(self) -> dict[str, object]:
+        """As `models` of summary.json holds it."""
+        return {"fidelity": self.fidelity.to_json()} | _pictures(self.shapes, self.heat_maps)
+
+
+def _pictures(shapes: Sequence[Shape], heat_maps: Sequence[HeatMap]) -> dict[str, object]:
+    return {"shapes": [s.to_json() for s in shapes], "heat_maps": [m.to_json() for m in heat_maps]}
+
+
+def _plain(values: Floats) -> list[float | None]:
+    """Numbers for JSON, which knows no NaN."""
+    return [float(value) if np.isfinite(value) else None for value in values]
 
 
 # ── the whole ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -127,9 +166,9 @@ def ebm(coded: Coded, *, seed: int = 0, outer_bags: int = OUTER_BAGS) -> EbmResu
     if _worthwhile(discovery):
         with threadpool_limits(1, "blas"):
             model = boosted(discovery, seed=seed, outer_bags=outer_bags)
-        candidates = tuple(_candidates(model, discovery))
-        auc = _auc(confirmation, model.logit(confirmation))
-    found = confirm(confirmation, candidates, METHOD)
+        candidates = tuple(_candidates(model))
+        auc = auc_of(confirmation, model.logit(confirmation))
+    found = confirm(confirmation, candidates, Method.EBM)
     return EbmResult(
         insights=found.insights,
         diagnostics=found.diagnostics,
@@ -183,8 +222,14 @@ def boosted(coded: Coded, *, seed: int = 0, outer_bags: int = OUTER_BAGS) -> Boo
     residual, weight = rows.size * (rows.reward - q), rows.size * q * (1 - q)
     start = _Start.of(data, Projection.of(data.gram(weight)), residual, null.columns, null.strata, fold)
     spread = float((rows.count * rows.weight**2).sum() / rows.size.sum())  # the variance of a weighted score is more
-    pairs = _forward(rows, axes, residual, weight, lambda a, b, score, own: _suspicion(a, b, score, own, spread), TIED)
-    return _fitted(rows, axes, pairs, start, {"objective": "log_loss"}, seed)
+
+    def worth(user: Axis, dimension: Axis, score: Floats, own: Floats) -> float:
+        return _suspicion(_tested(user, dimension, score, own, spread))
+
+    pairs = _forward(rows, axes, residual, weight, worth, TIED)
+    model = _fitted(rows, axes, [*pairs], start, {"objective": "log_loss"}, seed)
+    z = (_tested(axes[i], axes[j], score, own, spread) for (i, j), (score, own) in pairs.items())
+    return replace(model, z=tuple(z))
 
 
 def _boosted_logits(coded: Coded, seed: int) -> Boosted:
@@ -202,7 +247,7 @@ def _boosted_logits(coded: Coded, seed: int) -> Boosted:
         rows, axes, rows.size * residual, rows.size, lambda _a, _b, score, own: _explained(score, own, total), 0.0
     )
     settings = {"objective": "rmse", "max_rounds": NETWORK_ROUNDS}
-    return _fitted(rows, axes, chosen, start, settings, seed)
+    return _fitted(rows, axes, [*chosen], start, settings, seed)
 
 
 def _worthwhile(coded: Coded) -> bool:
@@ -210,14 +255,6 @@ def _worthwhile(coded: Coded) -> bool:
     units = len(np.unique(coded.unit)) if coded.unit is not None else FEW_UNITS
     enough = min(clicks, float(coded.count.sum()) - clicks) >= FEWEST_CLICKS and units >= FEW_UNITS
     return bool(coded.tags) and enough
-
-
-def _auc(coded: Coded, score: Floats) -> float | None:
-    from sklearn.metrics import roc_auc_score
-
-    if not 0 < coded.reward.mean() < 1:
-        return None
-    return float(roc_auc_score(coded.reward, score, sample_weight=coded.size))
 
 
 # ── features ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -284,9 +321,10 @@ Worth = Callable[[Axis, Axis, Floats, Floats], float]
 
 def _forward(
     coded: Coded, axes: Sequence[Axis], residual: Floats, weight: Floats, worth: Worth, tie: float
-) -> list[tuple[int, int]]:
+) -> dict[tuple[int, int], tuple[Floats, Floats]]:
     """Pairs of a user field and a dimension that are worth boosting, each beside those before it, the best first; and
     those that came within `tie` of one of them, because which of two correlated ones it is the other half has to say.
+    With what `worth` saw of each when it was last worth it.
 
     residual (n,) is the score, weight (n,) the information of the exposures; `worth` sees their sums (V, K) by the
     cells of a pair, and is positive where the pair may be something. Unlike the rank of pairs one by one, this does
@@ -295,7 +333,7 @@ def _forward(
     codes = [axis.codes(coded).astype(np.int32) for axis in axes]
     residual = residual.copy()
     left = [(i, j) for i, a in enumerate(axes) for j, b in enumerate(axes) if a.of_user and not b.of_user]
-    tied = dict[tuple[int, int], None]()
+    tied, seen = dict[tuple[int, int], None](), dict[tuple[int, int], tuple[Floats, Floats]]()
     chosen = dict[tuple[int, int], tuple[Any, Floats]]()  # pair → (n,) cell of each exposure, (V, K) information
 
     def cells(pair: tuple[int, int]) -> Any:
@@ -309,9 +347,10 @@ def _forward(
     while left and len(chosen) < MOST_PAIRS:
         found = {}
         for pair in left:
-            value = worth(axes[pair[0]], axes[pair[1]], table(pair, cells(pair), residual), information[pair])
+            of = table(pair, cells(pair), residual), information[pair]
+            value = worth(axes[pair[0]], axes[pair[1]], *of)
             if value > 0:
-                found[pair] = value
+                found[pair], seen[pair] = value, of
         if not found:
             break
         best = max(found, key=lambda pair: found[pair])
@@ -322,18 +361,24 @@ def _forward(
             for pair, (key, own) in reversed(chosen.items()):
                 step = table(pair, key, residual) / np.maximum(own, 1e-300)
                 residual -= weight * _purified(step[None], own)[0].reshape(-1)[key]
-    return [*chosen, *(pair for pair in tied if pair not in chosen)][:MOST_PAIRS]
+    kept = [*chosen, *(pair for pair in tied if pair not in chosen)][:MOST_PAIRS]
+    return {pair: seen[pair] for pair in kept}
 
 
-def _suspicion(user: Axis, dimension: Axis, score: Floats, own: Floats, spread: float) -> float:
-    """By how much (log) the p-value (Simes) of a pair's segments × tags is below SUSPECTED."""
+def _tested(user: Axis, dimension: Axis, score: Floats, own: Floats, spread: float) -> Floats:
+    """(segments, tags) z of the score tests of a pair; NaN where there is too little to be told."""
     inside = np.array([member for _, member in user.parts], dtype=float)
     carrying = np.array([member for _, member in dimension.parts], dtype=float).T
     total = own.sum()
     a, b = inside @ own.sum(axis=1) / total, own.sum(axis=0) @ carrying / total
     at_random = total * np.outer(a * (1 - a), b * (1 - b))
     z = (inside @ score @ carrying) / np.sqrt(np.maximum(at_random, 1e-12) * spread)
-    log_p = np.sort(np.log(2) + stats.norm.logsf(np.abs(z[at_random >= LEAST_INFORMATION])))
+    return np.where(at_random >= LEAST_INFORMATION, z, np.nan)
+
+
+def _suspicion(z: Floats) -> float:
+    """By how much (log) the p-value (Simes) of a pair's segments × tags is below SUSPECTED."""
+    log_p = np.sort(np.log(2) + stats.norm.logsf(np.abs(z[np.isfinite(z)])))
     if not len(log_p):
         return -np.inf
     return float(np.log(SUSPECTED) - (log_p + np.log(len(log_p) / np.arange(1, len(log_p) + 1))).min())
@@ -352,7 +397,7 @@ def _dealt(coded: Coded, outer_bags: int) -> tuple[Coded, Codes]:
     """The exposures, and which bag does without each: all of a unit in one."""
     if outer_bags < 2:
         raise ValueError(f"outer_bags is {outer_bags}; bands by unit need 2 or more")
-    rows, replicate = dealt(coded)
+    rows, replicate = dealt(replace(coded, held=()))  # shapes are over all strata; the other half judges with them
     folds, fold = factorise(replicate % outer_bags)
     if len(folds) < 2:
         raise LogError("an EBM has to hold some units out, and this log has too few; attribute a log of more units")
@@ -416,6 +461,7 @@ class Boosted:
     joint: tuple[Floats, ...]  # pairs × (G, V, K), without what their margins say
     n: tuple[Floats, ...]  # axes × (V,) exposures
     joint_n: tuple[Floats, ...]  # pairs × (V, K)
+    z: tuple[Floats, ...] = ()  # pairs × (segments, tags) of the score tests that chose them; of clicks only
 
     def parts(self, coded: Coded) -> tuple[Floats, Floats]:
         """(n,) of the logit: intercept, strata and shapes; and heat maps."""
@@ -585,25 +631,23 @@ def _purified(scores: Floats, n: Floats) -> tuple[Floats, Floats, Floats]:
 # ── candidates ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _candidates(model: Boosted, coded: Coded) -> list[Candidate]:
-    """Segments × tags that differ in a heat map, the most different first; importance is the difference in logits:
-    of the tag inside the segment over outside of it, and of both without the tag."""
+def _candidates(model: Boosted) -> list[Candidate]:
+    """Segments × tags that the score tests of a boosted pair find strongest; importance is the difference in logits in
+    its heat map: of the tag inside the segment over outside of it, and of both without the tag, with its sign.
+
+    The heat map does not propose: early stopping leaves next to nothing of what few clicks say, and blurs where it is.
+    """
     found: dict[tuple[Segment, int], float] = {}
-    rate = float(np.average(coded.reward, weights=coded.size))
-    for (i, j), scores, n in zip(model.pairs, model.joint, model.joint_n, strict=True):
-        effect = scores.mean(axis=0)
-        contrasts, strength = [], []
-        for segment, inside in model.axes[i].parts:
-            for tag, carrying in model.axes[j].parts:
-                quarters = [np.ix_(a, b) for a in (inside, ~inside) for b in (carrying, ~carrying)]
-                count = np.array([n[q].sum() for q in quarters])
-                if (count == 0).any():
-                    continue
-                mean = [float((effect[q] * n[q]).sum() / c) for q, c in zip(quarters, count, strict=True)]
-                size = mean[0] - mean[1] - mean[2] + mean[3]
-                contrasts.append((segment, tag, abs(size)))
-                strength.append(abs(size) * np.sqrt(rate * (1 - rate) / (1 / count).sum()))
-        for (segment, tag, size), z in zip(contrasts, strength, strict=True):
-            if z >= max(NEAR * max(strength), NOTICED):
-                found[segment, tag] = max(found.get((segment, tag), 0.0), size)
-    return [Candidate(s, t, size) for (s, t), size in sorted(found.items(), key=lambda item: -item[1])]
+    for (i, j), scores, n, z in zip(model.pairs, model.joint, model.joint_n, model.z, strict=True):
+        effect, strength = scores.mean(axis=0), np.abs(z)
+        for s, t in np.argwhere(strength >= NEAR * np.nanmax(strength)):
+            (segment, inside), (tag, carrying) = model.axes[i].parts[s], model.axes[j].parts[t]
+            quarters = [np.ix_(a, b) for a in (inside, ~inside) for b in (carrying, ~carrying)]
+            count = np.array([n[q].sum() for q in quarters])
+            if (count == 0).any():
+                continue
+            mean = [float((effect[q] * n[q]).sum() / c) for q, c in zip(quarters, count, strict=True)]
+            size = mean[0] - mean[1] - mean[2] + mean[3]
+            told = size if size * z[s, t] > 0 else 0.0  # a blur that contradicts its own test has no sign to tell
+            found[segment, tag] = max(found.get((segment, tag), 0.0), told, key=abs)
+    return [Candidate(s, t, size or None) for (s, t), size in sorted(found.items(), key=lambda item: -abs(item[1]))]

@@ -22,11 +22,11 @@ from attribution.discoveries import LEVEL, Examined, Q, Search, benjamini_hochbe
 from attribution.insights import Attribution, Diagnostics, Insight, Pair, attribute_coded
 from attribution.insights import without_noise as pairs_without_noise
 from attribution.joint import LEAST_LEFT, TWINS
-from attribution.logistic import Fit, Sums, fit
-from attribution.screening import LEAST_DESIGN_EFFECT, POOLED_CLICKS
+from attribution.logistic import LEAST_DESIGN_EFFECT, Fit, Sums, fit
+from attribution.screening import POOLED_CLICKS
 from kaleidoscope.log import Codes, Floats, factorise, sums
+from kaleidoscope.vocabulary import Method
 
-GRID = "grid"
 BLOCKS = 3  # crossings of two fields and two dimensions whose cells are listed
 MIN_CLICKS = 10  # and exposures without one, of a cell whose CTR is told
 
@@ -388,8 +388,11 @@ class _Search:
         for k, item in zip(reported, items, strict=True):
             at, gamma, se = self._place(item, crossed), float(model.pairs[k]), float(np.sqrt(model.covariance[k, k]))
             low, high = conditional_interval(gamma / se, float(stats.norm.isf(Q / factors[item] / 2)))
-            p = 2 * stats.norm.sf(min(abs(gamma / se), abs(float(self.examined.z[at]))))
+            # Alone it has passed the first threshold, and beside the others its own: its q-value is the larger of both.
+            alone = 2 * stats.norm.sf(abs(float(self.examined.z[at]))) * search.factor[at]
+            beside_others = 2 * stats.norm.sf(abs(gamma / se)) * factors[item]
             inside, shown = inside_of(self.coded, item)
+            rows, coded = np.flatnonzero(inside & shown), self.coded
             name = _name(self.coded, item)
             known = before[item].explained_by if item in before else ()
             found.append(
@@ -401,9 +404,11 @@ class _Search:
                     # Given the selection, a barely selected effect may lie outside its interval: then it is the end.
                     ci_low=float(np.expm1(min(low * se, gamma))),
                     ci_high=float(np.expm1(max(high * se, gamma))),
-                    q_value=min(float(p * factors[item]), 1.0),
-                    n=round(float(self.coded.count[inside & shown].sum())),
-                    methods=(GRID,),
+                    q_value=min(float(max(alone, beside_others)), 1.0),
+                    n=round(float(coded.count[rows].sum())),
+                    clicks=round(float((coded.count * coded.reward)[rows].sum())),
+                    ctr=float(np.average(coded.reward[rows], weights=coded.size[rows])),
+                    methods=(Method.GRID,),
                     explained_by=(*known, *(_name(self.coded, other) for other in explained[item])),
                     crossed=item.order > 2,
                 )

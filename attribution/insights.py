@@ -14,16 +14,15 @@ from scipy import stats
 from threadpoolctl import threadpool_limits
 
 from attribution.cells import Cells, t_quantile
-from attribution.coding import Coded, Segment, Tag, code
+from attribution.coding import Coded, Segment, Tag, code, require_units
 from attribution.discoveries import LEVEL, NOTHING, Examined, benjamini_hochberg, conditional_interval
 from attribution.joint import Joint, joint_model
 from attribution.logistic import fit
 from attribution.replicates import REPLICATES
 from attribution.screening import Screened, screen
 from kaleidoscope.log import Floats, Log
+from kaleidoscope.vocabulary import Method
 from kaleidoscope.wording import insight_sentence
-
-STATISTICS = "statistics"
 
 # ── results ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -52,10 +51,13 @@ class Insight:
     ci_high: float
     q_value: float
     n: int  # exposures of the segment to the tag
-    methods: tuple[str, ...] = (STATISTICS,)
+    methods: tuple[str, ...] = (Method.STATISTICS,)
     explained_by: tuple[Pair, ...] = ()  # pairs that are significant alone, and not once this one is in
-    importance: Mapping[str, float] = field(default_factory=dict)  # method → on its own scale
+    # Method → what it says itself, on its own scale: above 0 where the segment takes to the tag more than others do.
+    importance: Mapping[str, float] = field(default_factory=dict)
     crossed: bool = False  # its values work together; otherwise several tags are those never shown apart
+    clicks: int | None = None  # of the `n` exposures
+    ctr: float | None = None  # of those, weighted
 
     @property
     def sentence(self) -> str:
@@ -63,6 +65,10 @@ class Insight:
         return insight_sentence(
             self.segment, self.tag, self.effect, self.ci_low, self.ci_high, self.q_value, crossed=self.crossed
         )
+
+    def direction(self, method: str) -> int:
+        """+1 or −1: what this method itself says of the pair; the sign of the effect for those that have no scale."""
+        return 1 if (self.importance.get(method) or self.effect) > 0 else -1
 
     def to_json(self) -> dict[str, object]:
         """As summary.json holds it."""
@@ -75,6 +81,8 @@ class Insight:
             "ci_high": self.ci_high,
             "q_value": self.q_value,
             "n": self.n,
+            "clicks": self.clicks,
+            "ctr": self.ctr,
             "methods": list(self.methods),
             "explained_by": [pair.to_json() for pair in self.explained_by],
             "importance": dict(self.importance),
@@ -88,7 +96,7 @@ class Candidate:
 
     segment: Segment
     tag: int  # position in the coded log's tags
-    importance: float  # on the method's own scale
+    importance: float | None  # on the method's own scale, with its sign; None: too near to 0 to have one
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,8 @@ class MainEffect:
     n: int  # exposures with the tag
     clicks: int  # of those
     ctr: float  # of those, weighted
+    share: float | None = None  # of everything, as it counts: what would be with the tag, were all variants shown alike
+    independent: float | None = None  # as how many independent exposures `n` count (Kish 1965)
 
     def to_json(self) -> dict[str, object]:
         """As summary.json holds it."""
@@ -128,6 +138,9 @@ class Diagnostics:
     selected: tuple[tuple[Segment, int], ...]  # (segment, position of the tag), in the order of the insights
     gamma: Floats  # (K,) of the joint model, and its standard errors
     se: Floats
+    clipped_uniform: float = 0.0  # of main effects: the share of the exposures whose weight was clipped,
+    lost_uniform: float = 0.0  # and the share of all that they stand for which is lost by it
+    certain: float = 0.0  # exposures left out, because nothing else could have been shown
 
 
 class Attribution(NamedTuple):
@@ -145,8 +158,9 @@ def attribute(log: Log, *, dependent: bool | None = None) -> Attribution:
     """Insights (strongest first), main effects (of every tag that varies), and what stands behind them.
 
     `dependent` is what `exposure_independence` said of the log; None asks it. Raises LogError where exposure depended
-    on the user with unknown propensities, or without a propensity floor.
+    on the user with unknown propensities, without a propensity floor, or in a log of a few units only.
     """
+    require_units(log)
     return attribute_coded(code(log, dependent=dependent))
 
 
@@ -177,12 +191,12 @@ def confirm(coded: Coded, candidates: Sequence[Candidate], method: str) -> Attri
     """What the statistics of this half of the units say of `candidates` that `method` discovered in the other half.
 
     Only they and their families are looked at and corrected for: screening, joint model, refutation and intervals are
-    those of `attribute`. Insights name the method, and have its importance.
+    those of `attribute`. Insights name the method, and have its importance where it says what its sign is.
     """
-    importance = {(c.segment, c.tag): c.importance for c in candidates}
-    found = _attribution(coded, importance)
+    own = {(c.segment, c.tag): {} if c.importance is None else {method: c.importance} for c in candidates}
+    found = _attribution(coded, own.keys())
     insights = [
-        replace(insight, methods=(method,), importance={method: importance[pair]})
+        replace(insight, methods=(method,), importance=own[pair])
         for insight, pair in zip(found.insights, found.diagnostics.selected, strict=True)
     ]
     return found._replace(insights=insights)
@@ -220,6 +234,9 @@ def attribution_of(
         selected=tuple((examined.segments[chosen[i]], examined.tags[chosen[i]]) for i in order),
         gamma=gammas[order],
         se=ses[order],
+        clipped_uniform=coded.clipped_uniform,
+        lost_uniform=coded.lost_uniform,
+        certain=coded.certain,
     )
     return Attribution([found[i] for i in order], main_effects(Cells.of(coded.evenly)), diagnostics)
 
@@ -246,8 +263,8 @@ def main_effects(cells: Cells) -> list[MainEffect]:
     known = np.flatnonzero(np.isfinite(estimate) & (error > 0))
     p = 2 * stats.t.sf(np.abs(estimate[known] / error[known]), REPLICATES - 1)
     q, reach = benjamini_hochberg(p), t_quantile(LEVEL)
-    n, clicks, weight, weighted = (
-        cells.by_stratum(name).sum(axis=0) for name in ("n", "clicks", "weight", "weighted_clicks")
+    n, clicks, weight, weighted, square = (
+        cells.by_stratum(name).sum(axis=0) for name in ("n", "clicks", "weight", "weighted_clicks", "squared_weight")
     )
     return [
         MainEffect(
@@ -259,6 +276,8 @@ def main_effects(cells: Cells) -> list[MainEffect]:
             n=round(float(n[t])),
             clicks=round(float(clicks[t])),
             ctr=float(weighted[t] / weight[t]),
+            share=float(weight[t] / weight[0]),
+            independent=float(weight[t] ** 2 / square[t]),
         )
         for i, t in enumerate(known)
     ]
@@ -269,7 +288,7 @@ def _insights(screened: Screened, cells: Cells, joint: Joint) -> list[Insight]:
     gammas, ses = joint.model.pairs, np.sqrt(np.diag(joint.model.covariance))
     examined, coded = screened.examined, screened.coded
     at = {name: i for i, name in enumerate(cells.values)}
-    n = cells.table("n")
+    n, clicks, weight, weighted = map(cells.table, ("n", "clicks", "weight", "weighted_clicks"))
 
     def pair(k: int) -> Pair:
         segment = examined.segments[k]
@@ -293,6 +312,8 @@ def _insights(screened: Screened, cells: Cells, joint: Joint) -> list[Insight]:
                 ci_high=float(np.expm1(max(high * se, gamma))),
                 q_value=min(float(joint_p * factor), 1.0),
                 n=round(float(n[values, tag].sum())),
+                clicks=round(float(clicks[values, tag].sum())),
+                ctr=float(weighted[values, tag].sum() / weight[values, tag].sum()),
                 explained_by=tuple(pair(j) for j in joint.explained[k]),
             )
         )

@@ -21,11 +21,14 @@ PERCENT = "\u00a0%"
 LONGEST = 80  # characters of a name in a table; the whole name is its tooltip
 IN_COLUMN = 30  # of one above a column, and after how many it may break
 BREAK = 12
+SPARED = 4  # characters that are not worth a line of their own
 STEPS = (1.02, 1.05, 1.10, 1.20), (1.03, 1.10, 1.25, 1.50), (1.05, 1.20, 1.50, 2.00), (1.10, 1.50, 2.50, 5.00)
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 9.0, 24.0, 99.0)  # an odds ratio minus 1
 BOUNDLESS = 7.0  # the logarithm of a ratio from which on it is as good as without a bound
-APART = 20.0  # percent of a picture's width between two ticks
+APART = 22.0  # percent of a picture's width between two ticks
+ROOM, SHORT = 27.0, 6  # the same where the picture is narrow, and the characters of a label there
 TITLED = 6_000  # cells of a page up to which each has a tooltip
+TYPED = re.compile(r"`([\w-][\w .,:=/-]*)`", re.ASCII)  # a setting or a command, in sentences
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -37,10 +40,11 @@ def text(value: object) -> str:
     return UNPRINTABLE.sub("\ufffd", str(value))
 
 
-def prose(sentence: str) -> str:
-    """A sentence that was made elsewhere: numbers keep their minus and their unit."""
+def prose(sentence: str) -> Markup:
+    """A sentence that was made elsewhere: numbers keep their minus and unit, what is to be typed is marked."""
     signed = re.sub(r"(?<![\w.])-(?=\d[\d.,]*)", "−", text(sentence))
-    return re.sub(r"(?<=\d) (?=%)", "\u00a0", signed)
+    whole = str(escape(re.sub(r"(?<=\d) (?=%)", "\u00a0", signed)))
+    return Markup(TYPED.sub(r"<code>\1</code>", whole))
 
 
 def name(value: object, longest: int | None = LONGEST) -> Markup:
@@ -60,8 +64,10 @@ def narrow(value: object) -> Markup:
     shown = whole if len(whole) <= IN_COLUMN else f"{whole[: IN_COLUMN - 1]}…"
     parts = list[str]()
     for word in re.split(r"(?<=\s)", shown):
-        pieces = re.split(r"(?<=[_-])", word) if len(word) > BREAK else [word]
-        parts += [piece[i : i + BREAK] for piece in pieces for i in range(0, len(piece), BREAK)]
+        pieces = re.split(r"(?<=[_-])", word) if len(word) > BREAK + SPARED else [word]
+        for piece in pieces:
+            size = BREAK if len(piece) > BREAK + SPARED else len(piece)
+            parts += [piece[i : i + size] for i in range(0, len(piece), size or 1)]
     title = Markup(' title="{}"').format(whole) if shown != whole else ""
     return Markup("<bdi{}>{}</bdi>").format(title, Markup("<wbr>").join(parts))
 
@@ -184,14 +190,16 @@ class Axis:
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
-        """Where, and what is written there; far enough apart to be read."""
-        chosen, apart = list[tuple[float, float]](), 1.4 * APART if self.narrow else APART
+        """Where, and what is written there; far enough apart to be read, on paper too."""
+        chosen, apart = list[tuple[float, float]](), ROOM if self.narrow else APART
         for low, high in reversed(self.unit.steps):
             x = 47 * high / self.limit
-            if APART <= x <= 47 and all(abs(x - 47 * c / self.limit) >= apart for _, c in chosen):
+            if self.narrow and len(self.unit.words(high)) > SHORT:
+                continue
+            if apart <= x <= 47 and all(abs(x - 47 * c / self.limit) >= apart for _, c in chosen):
                 chosen.append((low, high))
         found = [(50.0, "0")]
-        for low, high in chosen[:2]:
+        for low, high in chosen[: 1 if self.narrow else 2]:
             found += [(self.at(low), self.unit.words(low)), (self.at(high), self.unit.words(high))]
         return sorted(found)
 
@@ -213,7 +221,7 @@ def forest(
         Markup(
             '<table class="forest{}"><thead><tr><th scope="col">{}</th><th scope="col" class="plot">{}</th>'
             '<th scope="col">{}</th>{}</tr></thead><tbody>'
-        ).format(" even" if even else "", head, _scale(axis), value, last)
+        ).format(" even" if even else "", head, _scale(axis, bars), value, last)
     ]
     row = Markup('<tr{}><th scope="row"><span>{}</span>{}</th><td class="plot">{}</td><td>{}</td>{}</tr>')
     count = Markup('<td class="number" data-label="Exposures">{}</td>')
@@ -238,7 +246,10 @@ def numbers(bar: Bar, unit: Unit = Unit.RATIO) -> Markup:
     return words + Markup(' <span class="range">({} to {})</span>').format(low, high)
 
 
-def _scale(axis: Axis) -> Markup:
+def _scale(axis: Axis, bars: Sequence[Bar]) -> Markup:
+    """The ticks' labels; nothing where nothing is drawn."""
+    if all(bar.value is None for bar in bars):
+        return Markup()
     words = "".join(
         f'<text x="{x:.1f}%" y="13" text-anchor="{"start" if x < 8 else "end" if x > 92 else "middle"}">'
         f"{escape(label)}</text>"
@@ -248,24 +259,25 @@ def _scale(axis: Axis) -> Markup:
 
 
 def strip(bar: Bar, axis: Axis) -> Markup:
-    """One interval. The numbers beside it say the same, so it is silent to who listens to the page."""
+    """One interval; nothing where it is unknown. The numbers beside it say the same: who listens to the page skips."""
+    if bar.value is None:
+        return Markup()
     parts = [f'<line class="{"zero" if x == 50 else "grid"}" x1="{x:.1f}%" x2="{x:.1f}%" y1="0" y2="100%"/>'
              for x, _ in axis.ticks]  # fmt: skip
-    if bar.value is not None:
-        side = "more" if bar.value > 0 else "less"
-        kind = f"{'maybe' if bar.unsure else 'hit'} {side}" if bar.marked else "rest"
-        if bar.low is not None and bar.high is not None:
-            a, b = axis.at(bar.low), axis.at(bar.high)
-            parts.append(f'<line class="{kind}" x1="{a:.1f}%" x2="{b:.1f}%" y1="11" y2="11"/>')
-            parts += [
-                f'<text class="{kind}" x="{x}%" y="15.5" text-anchor="{anchor}">{arrow}</text>'
-                for cut, x, anchor, arrow in (
-                    (bar.low < -axis.limit, 0, "start", "◂"),
-                    (bar.high > axis.limit, 100, "end", "▸"),
-                )
-                if cut
-            ]
-        parts.append(f'<circle class="{kind}" cx="{axis.at(bar.value):.1f}%" cy="11" r="{5 if bar.marked else 3.5}"/>')
+    side = "more" if bar.value > 0 else "less"
+    kind = f"{'maybe' if bar.unsure else 'hit'} {side}" if bar.marked else "rest"
+    if bar.low is not None and bar.high is not None:
+        a, b = axis.at(bar.low), axis.at(bar.high)
+        parts.append(f'<line class="{kind}" x1="{a:.1f}%" x2="{b:.1f}%" y1="11" y2="11"/>')
+        parts += [
+            f'<text class="{kind}" x="{x}%" y="15.5" text-anchor="{anchor}">{arrow}</text>'
+            for cut, x, anchor, arrow in (
+                (bar.low < -axis.limit, 0, "start", "◂"),
+                (bar.high > axis.limit, 100, "end", "▸"),
+            )
+            if cut
+        ]
+    parts.append(f'<circle class="{kind}" cx="{axis.at(bar.value):.1f}%" cy="11" r="{5 if bar.marked else 3.5}"/>')
     return Markup(f'<svg class="strip" height="22" aria-hidden="true">{"".join(parts)}</svg>')
 
 

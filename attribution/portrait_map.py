@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup
@@ -41,6 +41,7 @@ IN_ROW = 40  # characters of a name beside a row of a heat map
 ROWS = 24  # of a heat map, before the rest is folded away
 MAX_CELLS = 20_000  # of the portrait that go into the page
 OPEN_FIELDS = 2  # shown unfolded where nothing was found
+LEAST = 10  # clicks, and exposures without one, that a cell has or should have if its number is to mean anything
 
 TagParts = tuple[tuple[str, str], ...]  # (dimension, value) of a tag
 Group = tuple[tuple[str, ...], Sequence[TagParts]]  # dimensions, and their tags
@@ -74,15 +75,18 @@ def portrait_map(analysis: Analysis, found: Found) -> Portrait | None:
     if analysis.preference is None or not analysis.preference.cells:
         return None
     by_field: dict[str, dict[str, dict[TagParts, PreferenceCell]]] = {}
-    for cell in analysis.preference.cells:
+    cells = [_known(cell, found, analysis.facts.positive_rate) for cell in analysis.preference.cells]
+    for cell in cells:
         for field, label in cell.segment.items():
             by_field.setdefault(field, {}).setdefault(label, {})[tuple(cell.tag.items())] = cell
     strength = found.strength()
-    known = [_shrunk(cell) for cell in analysis.preference.cells]
+    known = [_shrunk(cell) for cell in cells]
+    if all(value is None for value in known):
+        return Portrait(Markup(), None, [], [], len(known), 0)
     colours = Colours.of(v for v in known if v is not None)
 
     def interest(field: str) -> tuple[float, float]:
-        sizes = [abs(v) for cells in by_field[field].values() for v in map(_shrunk, cells.values()) if v is not None]
+        sizes = [abs(v) for row in by_field[field].values() for v in map(_shrunk, row.values()) if v is not None]
         return -max((s for (f, _), s in strength.items() if f == field), default=0.0), -max(sizes, default=0.0)
 
     titled, budget, left_out = len(known) <= TITLED, MAX_CELLS, 0
@@ -98,6 +102,15 @@ def portrait_map(analysis: Analysis, found: Found) -> Portrait | None:
     return Portrait(
         colours.legend, _overview(found, {b.field: b.anchor for b in first}), first, rest, len(known), left_out
     )
+
+
+def _known(cell: PreferenceCell, found: Found, rate: float) -> PreferenceCell:
+    """The cell; one with too little, and of which too little is to be expected at this click rate, is unknown."""
+    if key_of(cell.segment, cell.tag) in found.insights:
+        return cell
+    clicks = max(cell.clicks, rate * cell.n)
+    others = max(cell.n - cell.clicks, (1 - rate) * cell.n)
+    return cell if min(clicks, others) >= LEAST else replace(cell, shrunk=None, shrunk_low=None, shrunk_high=None)
 
 
 def _shrunk(cell: PreferenceCell) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -17,7 +17,8 @@ import numpy as np
 from markupsafe import Markup
 from scipy import stats
 
-from attribution.discoveries import conditional_interval
+from attribution.consensus import UNTESTED
+from attribution.discoveries import LEVEL
 from attribution.doubts import doubts
 from attribution.found import METHODS, Found, Key, called, key_of, log_ratio, rank_of
 from attribution.insights import Diagnostics, Insight
@@ -43,7 +44,7 @@ from attribution.pictures import (
     who,
 )
 from attribution.portrait_map import COLUMNS, IN_ROW, ROWS, portrait_map, rate_maps
-from kaleidoscope.vocabulary import Level
+from kaleidoscope.vocabulary import Level, Method
 
 if TYPE_CHECKING:
     from attribution.analysis import Analysis, Facts
@@ -52,11 +53,12 @@ if TYPE_CHECKING:
 
 SENTENCES, CROSSINGS = 4, 2  # of the summary, about insights of one field and tag, and of several
 FORESTS, MORE_FORESTS = 12, 60  # segments with a forest plot: unfolded, and at most
-REST = 8  # muted rows of a forest plot
+REST = 5  # muted rows of a forest plot
 SHAPES, MORE_SHAPES, BINS = 6, 40, 20
 MAPS, MORE_MAPS = 4, 24
 TABLE_ROWS, MORE_ROWS = 25, 300
 PAIRS = 12  # of a model's contributions
+CAUTION = "⚠"
 DETECTED = 0.8  # power at which an effect counts as one that would have been found
 
 
@@ -91,7 +93,6 @@ def render(analysis: Analysis) -> str:
         limits=_Limits.of(analysis),
         checks={level: [check for check in analysis.checks if check.level == level] for level in Level},
         not_done=_not_done(analysis),
-        timings=[(name_.replace("_", " "), f"{seconds:.1f} s") for name_, seconds in analysis.timings_s.items()],
     )  # fmt: skip
 
 
@@ -121,44 +122,51 @@ class _Summary:
 
     found: int  # that the consensus holds
     by_several: int  # of those, found by more than one method
-    methods: int  # that were done
-    strongest: list[tuple[Insight, int, int]]  # with how many methods found it, of how many that looked
+    methods: int  # that were done and test what they say
+    strongest: list[tuple[Insight, int, int, bool]]  # with how many found it, of how many, and whether the network
+    # says the opposite
+    contradicted: int  # that the consensus holds, and the network says the opposite of
     alone: int  # that single methods found, and the consensus does not hold
     explained: int  # that crossings explain
     crossed: int  # that only show in several fields or dimensions at once, and the consensus holds
     crossings: list[Insight]  # the strongest of those
-    disagree: int
+    disputed: int
     examined: int
     pairs: int
     smallest: str | None  # the difference that would have been found in the typical pair
+    errors: list[str]  # of the log
+    warnings: int
 
     @classmethod
     def of(cls, analysis: Analysis) -> _Summary:
         held = [a for a in analysis.agreements if a.holds and not a.insight.crossed]
-        held.sort(key=lambda a: (-len(a.found_by), -_surely(a.insight), a.insight.q_value, -a.insight.n))
-        strongest: dict[tuple[frozenset[str], frozenset[str]], tuple[Insight, int, int]] = {}
+        held.sort(key=lambda a: (-len(a.finders), -_surely(a.insight), a.insight.q_value, -a.insight.n))
+        strongest: dict[tuple[frozenset[str], frozenset[str]], tuple[Insight, int, int, bool]] = {}
         for a in held:  # one of each user field × tag dimension
             family = frozenset(a.insight.segment), frozenset(a.insight.tag)
-            strongest.setdefault(family, (a.insight, len(a.found_by), len(a.found_by) + len(a.not_found_by)))
+            strongest.setdefault(family, (a.insight, len(a.finders), a.looked, a.disagree))
         smallest = _smallest(analysis.attribution.diagnostics)
-        disagree = sum(a.disagree for a in analysis.agreements)
-        explained = sum(a.explained is not None and not a.disagree for a in analysis.agreements)
+        disputed = sum(a.disputed for a in analysis.agreements)
+        explained = sum(a.explained is not None and not a.disputed for a in analysis.agreements)
         crossings = [a.insight for a in analysis.agreements if a.holds and a.insight.crossed]
         crossings.sort(key=lambda insight: (-_surely(insight), insight.q_value))
         d = analysis.attribution.diagnostics
         return cls(
             found=len(held),
-            by_several=sum(len(a.found_by) > 1 for a in held),
-            methods=len(analysis.by_method),
+            by_several=sum(len(a.finders) > 1 for a in held),
+            methods=len(analysis.by_method.keys() - UNTESTED),
             strongest=list(strongest.values())[:SENTENCES],
-            alone=len(analysis.agreements) - len(held) - len(crossings) - explained - disagree,
+            contradicted=sum(a.disagree for a in held),
+            alone=len(analysis.agreements) - len(held) - len(crossings) - explained - disputed,
             explained=explained,
             crossed=len(crossings),
             crossings=crossings[:CROSSINGS],
-            disagree=disagree,
+            disputed=disputed,
             examined=len(d.examined.gamma),
             pairs=d.too_few + len(d.examined.gamma),
-            smallest=None if smallest is None else _size_of(math.expm1(smallest[1])),
+            smallest=None if smallest is None else _either_way(smallest[1]),
+            errors=[check.message for check in analysis.checks if check.level is Level.ERROR],
+            warnings=sum(check.level is Level.WARNING for check in analysis.checks),
         )
 
 
@@ -168,6 +176,9 @@ def _lacking(analysis: Analysis) -> str | None:
         return "The log names no user fields"
     if not analysis.tags:
         return "No tag varies among the variants that were shown"
+    diagnostics = analysis.attribution.diagnostics
+    if not diagnostics.too_few and not len(diagnostics.examined.gamma):
+        return "No user field tells users apart"
     return None
 
 
@@ -180,6 +191,11 @@ def _surely(insight: Insight) -> float:
 def _size_of(effect: float) -> str:
     """How much the odds differ, without a sign."""
     return relative(abs(effect)).lstrip("+")
+
+
+def _either_way(gamma: float) -> str:
+    """How far the odds are from the same, upwards and downwards alike."""
+    return f"{_size_of(math.expm1(gamma))} higher or {_size_of(math.expm1(-gamma))} lower"
 
 
 def _smallest(d: Diagnostics) -> tuple[float, float] | None:
@@ -234,7 +250,7 @@ def _forests(analysis: Analysis, found: Found) -> _Forests:
         named = {tag for _, tag in keys}
         others = [k for k in looked[of] if frozenset(analysis.tags[examined.tags[k]].names.items()) not in named]
         others.sort(key=lambda k: -abs(examined.z[k]))
-        marked = [replace(_bar(found.insights[key], found.methods[key]), unsure=key in found.unsure) for key in keys]
+        marked = [replace(_bar(found.insights[key], found.note(key)), unsure=key in found.unsure) for key in keys]
         muted = [_muted(analysis, k, explained) for k in others[:REST]]
         bars = [bar for part in (marked, muted) for bar in sorted(part, key=lambda bar: -(bar.value or 0.0))]
         title = who(found.insights[keys[0]].segment)
@@ -242,22 +258,20 @@ def _forests(analysis: Analysis, found: Found) -> _Forests:
     return _Forests(drawn[:FORESTS], drawn[FORESTS:], len(order) - len(drawn))
 
 
-def _bar(insight: Insight, methods: Sequence[str]) -> Bar:
+def _bar(insight: Insight, note: str) -> Bar:
     apart = "" if insight.crossed or len(insight.tag) < 2 else Markup(' <span class="soft">never shown apart</span>')
     value, low, high = map(log_ratio, (insight.effect, insight.ci_low, insight.ci_high))
-    note = ", ".join(map(called, methods))
     return Bar(what(insight.tag) + apart, value, low, high, insight.n, marked=True, note=note)
 
 
 def _muted(analysis: Analysis, k: int, explained: Mapping[Key, Insight]) -> Bar:
-    """A pair that was looked at and is no insight, in a model of its own."""
+    """A pair that was looked at and is no insight, in a model of its own, with the plain interval."""
     examined = analysis.attribution.diagnostics.examined
     segment, tag = examined.segments[k], analysis.tags[examined.tags[k]].names
-    gamma, se = float(examined.gamma[k]), float(examined.se[k])
-    low, high = conditional_interval(gamma / se, float(examined.search.threshold[k]))
+    gamma, reach = float(examined.gamma[k]), float(stats.norm.isf((1 - LEVEL) / 2) * examined.se[k])
     by = explained.get(key_of({segment.field: segment.label}, tag))
     note = "" if by is None else Markup("explained by {} × {}").format(who(by.segment), what(by.tag))
-    return Bar(what(tag), gamma, low * se, high * se, note=note)
+    return Bar(what(tag), gamma, gamma - reach, gamma + reach, note=note)
 
 
 # ── the grid ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -279,13 +293,13 @@ def _crossings(analysis: Analysis, found: Found) -> _Crossings | None:
     for key in keys[:TABLE_ROWS]:
         insight = found.crossed[key]
         label = Markup("{}: {}").format(who(insight.segment), what(insight.tag))
-        bars.append(replace(_bar(insight, found.methods[key]), label=label))
+        bars.append(replace(_bar(insight, found.note(key)), label=label))
     colours = Colours.of(log_ratio(cell.effect) for cell in analysis.grid.cells if cell.effect is not None)
     return _Crossings(
         forest(bars, head="Segment and tags", value="Odds beyond the parts") if bars else None,
         len(keys) - len(bars),
         colours.legend,
-        rate_maps(analysis.grid.cells, found, colours),
+        rate_maps(analysis.grid.cells, found, colours) if any(c.ctr is not None for c in analysis.grid.cells) else [],
     )
 
 
@@ -359,7 +373,7 @@ def _drawn(m: HeatMap, colours: Colours) -> Markup:
 def _contributions(analysis: Analysis) -> list[tuple[str, float | None, list[tuple[Markup, str, str]]]]:
     """Of each model: its name, its AUC, and the pairs it leans on most (name, mean size, percent of the first's)."""
     found = []
-    for method, result in (("contributions", analysis.contributions), ("network", analysis.network)):
+    for method, result in ((Method.CONTRIBUTIONS, analysis.contributions), (Method.NETWORK, analysis.network)):
         if result is None:
             continue
         top = max((size for _, _, size in result.importance), default=0.0)
@@ -381,34 +395,37 @@ class _Agreement:
     rows: list[tuple[Markup, Markup, list[str], str]]  # segment, tag, a cell per method, its standing
     more: list[tuple[Markup, Markup, list[str], str]]
     left_out: int
-    disagree: int
+    disputed: int
+    contradicted: int  # by the network, which disputes nothing
 
 
 def _agreement(analysis: Analysis) -> _Agreement:
     methods = sorted(analysis.by_method, key=rank_of)
-    order = sorted(
-        analysis.agreements, key=lambda a: (not a.disagree, not a.holds, -len(a.found_by), a.insight.q_value)
-    )
+    order = sorted(analysis.agreements, key=lambda a: (not a.disagree, not a.holds, -len(a.finders), a.insight.q_value))
 
     def cell(agreement: Agreement, method: str) -> str:
         if method in agreement.found_by:
             return f"{MORE} more" if agreement.found_by[method] > 0 else f"{LESS} less"
-        return "not found" if method in agreement.not_found_by else "does not look"
+        missing = "says little" if method in UNTESTED else "not found"
+        return missing if method in agreement.not_found_by else "does not look"
 
     rows = [
         (who(a.insight.segment), what(a.insight.tag), [cell(a, m) for m in methods], _standing(a))
         for a in order[: TABLE_ROWS + MORE_ROWS]
     ]
     return _Agreement(
-        [called(m) for m in methods], rows[:TABLE_ROWS], rows[TABLE_ROWS:], len(order) - len(rows),
-        sum(a.disagree for a in order),
+        [f"{called(m)} (no test of its own)" if m in UNTESTED else called(m) for m in methods],
+        rows[:TABLE_ROWS], rows[TABLE_ROWS:], len(order) - len(rows),
+        sum(a.disputed for a in order), sum(a.disagree and not a.disputed for a in order),
     )  # fmt: skip
 
 
 def _standing(agreement: Agreement) -> str:
     """Whether the consensus holds it, in a word or two."""
+    if agreement.disputed:
+        return f"{CAUTION} disagree"
     if agreement.disagree:
-        return "disagree"
+        return f"{CAUTION} the network says the opposite"
     if agreement.insight.crossed:
         return "two at once"
     return "" if agreement.holds else "alone" if agreement.explained is None else "part of a crossing"
@@ -448,6 +465,9 @@ class _Limits:
     effective_share: float
     effective: int
     clipped: float
+    clipped_uniform: float
+    lost_uniform: float
+    certain: float
     strata: int
 
     @classmethod
@@ -457,13 +477,14 @@ class _Limits:
         return cls(
             too_few=d.too_few,
             pairs=d.too_few + len(d.examined.gamma),
-            smallest=None
-            if smallest is None
-            else (_size_of(math.expm1(smallest[0])), _size_of(math.expm1(smallest[1]))),
+            smallest=None if smallest is None else (_either_way(smallest[0]), _either_way(smallest[1])),
             unseen=_unseen(analysis),
             effective_share=d.effective_share,
             effective=round(d.effective_share * analysis.facts.exposures),
             clipped=d.clipped,
+            clipped_uniform=d.clipped_uniform,
+            lost_uniform=d.lost_uniform,
+            certain=d.certain,
             strata=d.strata,
         )
 

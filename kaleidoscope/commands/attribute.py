@@ -16,21 +16,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attribution.analysis import Analysis, analyse
+from attribution.analysis import SHAPES, Analysis, analyse
+from attribution.consensus import UNTESTED
+from attribution.found import TESTED_BY
 from attribution.report import render
 from kaleidoscope.access import operator
-from kaleidoscope.commands.exposures import Exposures, existing_database, read_exposures_of
-from kaleidoscope.commands.output import Clock, make_folder, write_whole
+from kaleidoscope.commands.exposures import Exposures, designed_shares, existing_database, read_exposures_of
+from kaleidoscope.commands.output import Clock, folder_for, write_whole
 from kaleidoscope.errors import InputError, NotFoundError
 from kaleidoscope.files import json_text
-from kaleidoscope.log import read_log
+from kaleidoscope.log import Log, read_log
 from kaleidoscope.log_schema import read_schema
 from kaleidoscope.portraits import PortraitCell, PortraitRun, csv_cell, store_portrait
 from kaleidoscope.progress import Progress
 from kaleidoscope.ranker import Ranker
 from kaleidoscope.settings import Settings
-from kaleidoscope.vocabulary import Bucket
-from kaleidoscope.wording import SURE, main_effect_sentence
+from kaleidoscope.vocabulary import Bucket, Level, Method
+from kaleidoscope.wording import SURE, main_effect_sentence, plain
 
 if TYPE_CHECKING:
     from attribution.consensus import Agreement
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from attribution.preference import PreferenceCell
 
 MIN_EXPOSURES = 1_000
+MARK = "\ufeff"  # by which spreadsheets know UTF-8
+WARNINGS = 5  # about the log, said at the end
 PACKAGES = ("kaleidoscope", "numpy", "scipy", "interpret-core", "lightgbm")
 
 
@@ -48,6 +52,7 @@ def attribute_log(
     *,
     model: Path | None = None,
     control: str = Bucket.CONTROL.value,
+    shares: str | None = None,
     seed: int,
     progress: Progress,
     simulated: bool = False,
@@ -55,17 +60,30 @@ def attribute_log(
     """Attribute a log of the contract and write `out_dir`/report.html, summary.json and the CSV files; the summary.
 
     `model`: the folder of an exported model, whose reasons are shown beside. `control`: the bucket that lifts are over.
-    Raises SchemaError or LogError where the input cannot be used; then nothing is written.
+    `shares`: the designed shares of units by bucket, as `designed_shares` reads them. Raises SchemaError, LogError or
+    InputError where the input cannot be used; then nothing is written.
     """
     clock = Clock(progress)
     with clock("read"):
         log = read_log(log_path, read_schema(schema_path))
+        _known_bucket(log, control)
+        designed = None if shares is None else designed_shares(shares, log)
         ranker = None if model is None else Ranker.load(model)
-    make_folder(out_dir)
-    analysis = analyse(
-        log, name=log_path.name, seed=seed, simulated=simulated, ranker=ranker, control=control, stage=clock
-    )
-    return _write(out_dir, analysis, clock)
+    with folder_for(out_dir):
+        analysis = analyse(
+            log, name=log_path.name, seed=seed, simulated=simulated, ranker=ranker, control=control, shares=designed,
+            stage=clock,
+        )  # fmt: skip
+        return _write(out_dir, analysis, clock)
+
+
+def _known_bucket(log: Log, control: str) -> None:
+    """Raise InputError where a bucket other than the usual one was named and the log has none of that name."""
+    names = [] if log.buckets is None else [str(name) for name in log.buckets.to_pylist() if name]
+    if control == Bucket.CONTROL.value or control in names:
+        return
+    there = f"It has: {', '.join(map(plain, sorted(names)))}." if names else "It names no buckets at all."
+    raise InputError(f"{log.path}: --control {plain(control)!r}: the log has no such bucket. {there}")
 
 
 def attribute_scene(
@@ -97,10 +115,10 @@ def attribute_scene(
                 f"scene {scene!r}: {read.log.n_exposures:,} exposures to attribute, at least {min_exposures:,} are"
                 " needed. Wait, ask for a longer period, or give bucket random more traffic."
             )
-        make_folder(out_dir)
-        analysis = analyse(
-            read.log, name=scene, seed=seed, simulated=simulated, ranker=ranker, shares=read.shares, stage=clock
-        )
+        with folder_for(out_dir):
+            analysis = analyse(
+                read.log, name=scene, seed=seed, simulated=simulated, ranker=ranker, shares=read.cohorts, stage=clock
+            )
     with clock("keep"):
         portrait = keep_portrait(settings, business, scene, analysis, read)
     return _write(out_dir, analysis, clock, left_out=read.left_out, log_hash=read.hash, portrait=portrait)
@@ -124,6 +142,7 @@ def keep_portrait(
         seed=analysis.seed,
         simulated=analysis.simulated,
         shown=facts.shown,
+        overlaps=overlaps_of(analysis),
     )
     cells = list(portrait_cells(analysis))
     caller = operator(settings.user or "kaleidoscope", business)
@@ -136,7 +155,7 @@ def portrait_cells(analysis: Analysis) -> Iterator[PortraitCell]:
     """A cell for everybody's taste for every tag, for every segment × tag, and for every crossing that was found."""
     for main in analysis.attribution.main_effects:
         yield PortraitCell(
-            {}, main.tag, main.n, clicks=main.clicks, ctr=main.ctr,
+            {}, main.tag, main.n, clicks=main.clicks, ctr=main.ctr, share=main.share, independent=main.independent,
             effect=main.effect, effect_low=main.ci_low, effect_high=main.ci_high, q_value=main.q_value,
         )  # fmt: skip
     agreed = {_place(one.insight): one for one in analysis.consensus}
@@ -145,12 +164,25 @@ def portrait_cells(analysis: Analysis) -> Iterator[PortraitCell]:
         found = {} if one is None else _found(one)
         yield PortraitCell(
             cell.segment, cell.tag, cell.n, cell.clicks, cell.ctr, cell.ctr_low, cell.ctr_high,
-            cell.preference, cell.ci_low, cell.ci_high, cell.shrunk, cell.shrunk_low, cell.shrunk_high, **found,
+            cell.preference, cell.ci_low, cell.ci_high, cell.shrunk, cell.shrunk_low, cell.shrunk_high,
+            share=cell.share, click_share=cell.click_share, independent=cell.independent, **found,
         )  # fmt: skip
     for one in agreed.values():
         yield PortraitCell(
             one.insight.segment, one.insight.tag, one.insight.n, crossed=one.insight.crossed, **_found(one)
         )
+
+
+def overlaps_of(analysis: Analysis) -> list[tuple[dict[str, str], dict[str, str], float]]:
+    """How many users are in a segment that an insight is about and in one of another field, for each two of them."""
+    if analysis.preference is None:
+        return []
+    segments, overlap = analysis.preference.segments, analysis.preference.overlap
+    told = {_joined(one.insight.segment) for one in analysis.consensus}
+    named = [{s.field: s.label} for s in segments]
+    about = [i for i, name in enumerate(named) if _joined(name) in told]
+    pairs = {(min(i, j), max(i, j)) for i in about for j, s in enumerate(segments) if s.field != segments[i].field}
+    return [(named[i], named[j], float(overlap[i, j])) for i, j in sorted(pairs)]
 
 
 def _place(of: Insight | PreferenceCell) -> tuple[frozenset[tuple[str, str]], frozenset[tuple[str, str]], bool]:
@@ -186,7 +218,8 @@ def _write(out_dir: Path, analysis: Analysis, clock: Clock, **more: object) -> d
     with clock("report"):
         page = render(analysis)
     summary = summary_of(analysis) | {"timings_s": clock.seconds} | more
-    write_whole(out_dir, {"report.html": page, "summary.json": json_text(summary), **tables_of(analysis)})
+    tables = {name: f"{MARK}{table}" for name, table in tables_of(analysis).items()}
+    write_whole(out_dir, {"report.html": page, "summary.json": json_text(summary), **tables})
     return summary
 
 
@@ -207,36 +240,62 @@ def summary_of(analysis: Analysis) -> dict[str, object]:
         "main_effects": [effect.to_json() for effect in analysis.attribution.main_effects],
         "agreement": [agreement.to_json() for agreement in analysis.agreements],
         "methods": {
-            name: {"insights": [insight.to_json() for insight in insights]}
+            name: {
+                "tested_by": TESTED_BY[name],
+                "own_test": name not in UNTESTED,
+                "insights": [insight.to_json() for insight in insights],
+            }
             for name, insights in analysis.by_method.items()
         },
+        "models": _models(analysis),
         "not_done": dict(analysis.not_done),
         "examined": len(diagnostics.examined.segments),
         "too_few": diagnostics.too_few,
         "effective_share": diagnostics.effective_share,
         "clipped": diagnostics.clipped,
+        "clipped_main_effects": diagnostics.clipped_uniform,
+        "lost_main_effects": diagnostics.lost_uniform,
+        "certain": diagnostics.certain,
         "effectiveness": None if analysis.effectiveness is None else analysis.effectiveness.to_json(),
         "versions": {name: version(name) for name in PACKAGES},
         "seed": analysis.seed,
     }
 
 
-def said(summary: Mapping[str, Any], most: int = 10) -> list[str]:
-    """What the command says at the end: the insights of the consensus, strongest first, and what was not done.
+def _models(analysis: Analysis) -> dict[str, object]:
+    """What models say in numbers: how well they rank, their shapes and heat maps, the pairs they lean on."""
+    found = {
+        Method.EBM: analysis.ebm, SHAPES: analysis.network_ebm, Method.CONTRIBUTIONS: analysis.contributions,
+        Method.NETWORK: analysis.network,
+    }  # fmt: skip
+    return {str(name): None if model is None else model.to_json() for name, model in found.items()}
 
-    Where there are none it says why, and what everybody takes.
+
+def said(summary: Mapping[str, Any], most: int = 10) -> list[str]:
+    """What the command says at the end: errors of the log, the insights of the consensus, strongest first, warnings of
+    the log, and what was not done.
+
+    Where there are no insights it says why, and what everybody takes.
     """
     found = [agreement for agreement in summary["agreement"] if agreement["consensus"]]
-    lines = [
+    lines = [f"ERROR in the log: {error}" for error in _messages(summary, Level.ERROR)]
+    lines += [
         f"{insight['sentence']} {agreement['sentence']}"
-        for insight, agreement in zip(summary["insights"], found, strict=True)
-    ][:most]
+        for insight, agreement in list(zip(summary["insights"], found, strict=True))[:most]
+    ]
     if len(found) > most:
         crossings = sum(agreement["insight"]["crossed"] for agreement in found[most:])
         of_two = f", {crossings} of them of two user fields or two tags at once" if crossings else ""
-        lines.append(f"{len(found) - most} more are in the report{of_two}.")
+        lines.append(f"{len(found) - most} more {'is' if len(found) - most == 1 else 'are'} in the report{of_two}.")
     if not found:
         lines += [_nothing(summary), *_taken_by_everybody(summary)]
+    warnings = _messages(summary, Level.WARNING)
+    lines += [f"Warning: {warning}" for warning in warnings[:WARNINGS]]
+    if len(warnings) > WARNINGS:
+        more = len(warnings) - WARNINGS
+        lines.append(
+            f"{more} more warning{'s' * (more > 1)} about the log {'are' if more > 1 else 'is'} in the report."
+        )
     by_reason: dict[str, list[str]] = {}
     for method, why in summary["not_done"].items():
         by_reason.setdefault(why, []).append(method)
@@ -246,6 +305,11 @@ def said(summary: Mapping[str, Any], most: int = 10) -> list[str]:
         again = "" if kept["new"] else ", which was there: of the same log, analysed in the same way"
         lines.append(f"Kept as portrait {kept['number']} of {summary['log']}{again}.")
     return lines
+
+
+def _messages(summary: Mapping[str, Any], level: Level) -> list[str]:
+    """What the checks of this level say of the log."""
+    return [str(check["message"]) for check in summary["checks"] if check["level"] == level]
 
 
 def _nothing(summary: Mapping[str, Any]) -> str:
@@ -274,11 +338,13 @@ def _taken_by_everybody(summary: Mapping[str, Any], most: int = 5) -> list[str]:
     if not shown:
         return ["Over all users, no tag by itself makes a difference that is surely more than chance."]
     sentences = [
-        main_effect_sentence(one["tag"], one["effect"], one["ci_low"], one["ci_high"], one["q_value"], one["n"])
+        main_effect_sentence(
+            one["tag"], one["effect"], one["ci_low"], one["ci_high"], one["q_value"], one["n"], caveat=False
+        )
         for one in shown
     ]
     more = len(effects) - len(shown)
-    rest = [f"{more} more such tags are in the report."] if more else []
+    rest = [f"{more} more such {'tag is' if more == 1 else 'tags are'} in the report."] if more else []
     return [
         "What everybody takes, each tag by itself, not adjusted for those shown together with it:",
         *sentences,
@@ -290,17 +356,33 @@ def _taken_by_everybody(summary: Mapping[str, Any], most: int = 5) -> list[str]:
 
 
 def tables_of(analysis: Analysis) -> dict[str, str]:
-    """CSV files by name: each method's insights, the portrait of every segment, the grid, and main effects."""
+    """CSV files by name: each method's insights, where they agree, the portrait of every segment, the grid, and main
+    effects."""
     insights = [
-        {"method": method, **_named(insight.segment, insight.tag), **_numbers(insight, INSIGHT)}
-        for method, found in analysis.by_method.items()
-        for insight in found
-    ]
+        {
+            "method": method, **_named(insight.segment, insight.tag), **_numbers(insight, INSIGHT),
+            "importance": insight.importance.get(method), "tested_by": TESTED_BY[method],
+            "explained_by": "; ".join(f"{_joined(p.segment)} × {_joined(p.tag)}" for p in insight.explained_by),
+        } for method, found in analysis.by_method.items() for insight in found
+    ]  # fmt: skip
+    agreement = [
+        {
+            **_named(one.insight.segment, one.insight.tag), **_numbers(one.insight, AGREED),
+            "found_by": ", ".join(f"{method}={'+' if sign > 0 else '-'}" for method, sign in one.found_by.items()),
+            "not_found_by": ", ".join(one.not_found_by), "disagree": one.disagree, "consensus": one.holds,
+            "sentence": one.sentence,
+        } for one in analysis.agreements
+    ]  # fmt: skip
     portrait = [] if analysis.preference is None else analysis.preference.cells
     grid = [] if analysis.grid is None else analysis.grid.cells
     main = [{"tag": _joined(m.tag), **_numbers(m, MAIN)} for m in analysis.attribution.main_effects]
     return {
-        "insights.csv": csv_text(("method", "segment", "tag", *INSIGHT), insights),
+        "insights.csv": csv_text(
+            ("method", "segment", "tag", *INSIGHT, "importance", "tested_by", "explained_by"), insights
+        ),
+        "agreement.csv": csv_text(
+            ("segment", "tag", *AGREED, "found_by", "not_found_by", "disagree", "consensus", "sentence"), agreement
+        ),
         "portrait.csv": csv_text(
             ("segment", "tag", *PORTRAIT),
             [{**_named(cell.segment, cell.tag), **_numbers(cell, PORTRAIT)} for cell in portrait],
@@ -330,7 +412,8 @@ VARIANT = (
     "random_exposures", "random_ctr", "random_ctr_low", "random_ctr_high", "lift", "lift_low", "lift_high", "q_value",
 )  # fmt: skip
 MAIN = ("effect", "ci_low", "ci_high", "q_value", "n")
-INSIGHT = (*MAIN, "preference")
+AGREED = (*MAIN, "clicks", "ctr", "crossed")
+INSIGHT = (*AGREED, "preference")
 RATE = ("n", "clicks", "ctr", "ctr_low", "ctr_high")
 PORTRAIT = (*RATE, "preference", "ci_low", "ci_high", "shrunk", "shrunk_low", "shrunk_high")
 GRID = (*RATE, "effect", "ci_low", "ci_high", "q_value")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from kaleidoscope.errors import JobError
@@ -22,6 +22,20 @@ def make_folder(out_dir: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise JobError(f"{out_dir}: cannot be written to ({error}); name another folder with --out") from error
+
+
+@contextmanager
+def folder_for(out_dir: Path) -> Iterator[None]:
+    """As `make_folder`; where the work fails, what was made of it and is still empty goes again."""
+    made = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
+    make_folder(out_dir)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def write_whole(out_dir: Path, texts: Mapping[str, str]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from attribution.consensus import Agreement, agreements, consensus
+from attribution.coding import code
+from attribution.consensus import Agreement, TwoValued, agreements, consensus
 from attribution.insights import Insight, Pair
+from tests.attribution.logs import liking
 
 
 def insight(segment: str, tag: str, effect: float = 0.4, **given: Any) -> Insight:
@@ -18,10 +21,11 @@ def insight(segment: str, tag: str, effect: float = 0.4, **given: Any) -> Insigh
 
 
 WOMEN = insight("gender=f", "tone=loud")
+TWO = TwoValued(frozenset({"gender"}), frozenset({"tone"}))  # f and m, loud and calm
 
 
-def only(by_method: dict[str, list[Insight]]) -> Agreement:
-    (agreement,) = agreements(by_method)
+def only(by_method: dict[str, list[Insight]], *two: TwoValued) -> Agreement:
+    (agreement,) = agreements(by_method, *two)
     return agreement
 
 
@@ -46,9 +50,35 @@ def test_the_same_insight_is_one_agreement_that_names_its_finders() -> None:
     ],
 )
 def test_other_words_for_the_same_preference_agree(other: Insight) -> None:
-    found = only({"statistics": [WOMEN], "ebm": [other]})
+    found = only({"statistics": [WOMEN], "ebm": [other]}, TWO)
     assert dict(found.found_by) == {"statistics": 1, "ebm": 1}
     assert found.holds
+
+
+def test_of_more_than_two_values_what_is_said_of_one_is_no_vote_for_another() -> None:
+    """Who is in bars often likes it, as the statistics say; that those who never are like it less does not say so."""
+    often, never = insight("bar=4~8", "coupon=Bar"), insight("bar=never", "coupon=Bar", -0.6)
+    for other in (never, insight("bar=4~8", "coupon=Cafe", -0.3)):
+        first, second = agreements({"statistics": [often], "ebm": [other], "contributions": [other]})
+        first, second = sorted((first, second), key=lambda one: "ebm" in one.found_by)
+        assert dict(first.found_by) == {"statistics": 1} and set(first.not_found_by) == {"ebm", "contributions"}
+        assert first.holds and not first.disagree and not second.holds and "statistics" in second.not_found_by
+        assert first.sentence.startswith("Found by 1 of 3 methods (the statistics)")
+
+
+def test_of_two_values_what_is_said_of_one_is_the_opposite_for_the_other() -> None:
+    men_too = insight("gender=m", "tone=loud", 0.3)
+    found = only({"statistics": [WOMEN], "ebm": [men_too]}, TWO)
+    assert dict(found.found_by) == {"statistics": 1, "ebm": -1} and found.disputed
+
+
+def test_which_fields_and_dimensions_have_two_values_is_known_of_the_log() -> None:
+    log, _ = liking(600, 1, 0.0)
+    coded = code(log, dependent=False)  # of gender two values, of city three; of tone three tags, of style two
+    assert TwoValued.of(coded) == TwoValued(frozenset({"gender"}), frozenset({"style"}))
+    both = log.variants.set_column(2, "style", [[["flat", "real"], ["real"], ["flat"], ["real"], ["flat"], ["real"]]])
+    coded = code(replace(log, variants=both), dependent=False)  # a variant may carry both
+    assert TwoValued.of(coded).dimensions == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -103,6 +133,64 @@ def test_what_methods_disagree_about_is_said_and_is_no_consensus() -> None:
     by_method = {"statistics": [WOMEN], "ebm": [insight("gender=f", "tone=loud", -0.4)], "preference": [WOMEN]}
     assert only(by_method).sentence == "Found by 2 of 3 methods with the same sign; the EBM found the opposite."
     assert consensus(by_method) == []
+
+
+def says(method: str, of: Insight, own: float) -> Insight:
+    """The same finding, with the statistics' effect, of which the method says `own` by itself."""
+    return replace(of, methods=(method,), importance={method: own})
+
+
+def test_what_a_method_says_itself_is_its_sign_and_not_that_of_the_effect_it_was_given() -> None:
+    by_method = {
+        "statistics": [WOMEN],
+        "preference": [says("preference", WOMEN, -0.22)],  # log .8
+        "ebm": [says("ebm", WOMEN, 0.5)],
+        "contributions": [says("contributions", WOMEN, -0.4)],
+    }
+    found = only(by_method)
+    assert dict(found.found_by) == {"statistics": 1, "preference": -1, "ebm": 1, "contributions": -1}
+    assert found.disagree and found.disputed and not found.holds
+    assert found.sentence == (
+        "Found by 2 of 4 methods with the same sign; the standardised preferences and the trees' contributions found"
+        " the opposite."
+    )
+
+
+@pytest.mark.parametrize(("own", "sign"), [(-0.3, -1), (0.3, 1)])
+def test_a_mirror_says_the_same_or_the_opposite_by_its_own_sign(own: float, sign: int) -> None:
+    """That men do not like loud is what women's liking it is; a method that says of men that they do disputes it."""
+    men = insight("gender=m", "tone=loud", -0.3)
+    numbers = {"statistics": [insight("age=[30, inf)", "tone=loud")]}
+    young = says("ebm", insight("age=[-inf, 30)", "tone=loud", -0.3), own)
+    assert only({"statistics": [WOMEN], "ebm": [says("ebm", men, -0.3)]}, TWO).found_by["ebm"] == 1
+    assert only(numbers | {"ebm": [young]}).found_by["ebm"] == -sign
+    # Of three genders two may like it, and by the words of the EBM they do: that is another statement.
+    if sign > 0:
+        assert len(agreements({"statistics": [WOMEN], "ebm": [says("ebm", men, own)]})) == 2
+
+
+def test_a_method_that_contradicts_what_confirmed_it_is_no_finder() -> None:
+    found = only({"statistics": [], "ebm": [says("ebm", WOMEN, -0.2)]})
+    assert (found.finders, found.opposed, found.holds) == ((), ("ebm",), False)
+    assert found.sentence == (
+        "Found by no method with this sign; the EBM found the opposite; the statistics did not find it."
+    )
+
+
+@pytest.mark.parametrize(
+    ("network", "says_so"),
+    [
+        ([says("network", WOMEN, 0.2)], "the network's terms say the same"),
+        ([says("network", WOMEN, -0.2)], "the network's terms say the opposite"),
+        ([], "the network's terms do not say it"),
+    ],
+)
+def test_the_networks_word_is_told_and_decides_nothing(network: list[Insight], says_so: str) -> None:
+    found = only({"statistics": [WOMEN], "ebm": [WOMEN], "network": network})
+    assert found.sentence == f"Found by all 2 methods with the same sign; {says_so}."
+    assert found.disagree == (says_so.endswith("opposite")) and not found.disputed and found.holds
+    assert (found.finders, found.looked) == (("statistics", "ebm"), 2)
+    assert not only({"preference": [WOMEN], "network": network or [says("network", WOMEN, 1.0)]}).holds
 
 
 def test_the_nearest_insight_speaks_for_a_method() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+import lightgbm
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,20 +15,21 @@ import torch
 from scipy.special import expit
 
 from attribution.coding import code
+from attribution.consensus import Agreement, agreements
 from attribution.contributions import (
-    CONTRIBUTIONS,
-    NETWORK,
     ContributionResult,
     Why,
     explain_decision,
     lightgbm_contributions,
     network_contributions,
 )
+from attribution.ebm import ebm
 from attribution.insights import attribute_coded, halves
 from kaleidoscope.encoding import Encoder
 from kaleidoscope.errors import InputError, NotFoundError
 from kaleidoscope.log import Log
 from kaleidoscope.ranker import Ranker
+from kaleidoscope.vocabulary import Method
 from models.batch import Examples
 from models.export import export_model
 from models.networks import DeepConfig, DeepPart
@@ -38,7 +40,7 @@ from tests.attribution.logs import TAGS, liking, log_of
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def proposals(found: ContributionResult) -> dict[tuple[str, str, int], float]:
+def proposals(found: ContributionResult) -> dict[tuple[str, str, int], Any]:
     return {(c.segment.field, c.segment.label, c.tag): c.importance for c in found.candidates}
 
 
@@ -52,8 +54,8 @@ def test_a_planted_preference_is_proposed_and_confirmed() -> None:
     assert insight.tag == {"tone": "loud"}
     sign = 1 if insight.segment == {"gender": "f"} else -1
     assert insight.ci_low < np.expm1(sign * 0.6) < insight.ci_high
-    assert insight.methods == (CONTRIBUTIONS,)
-    assert insight.importance[CONTRIBUTIONS] * insight.effect > 0
+    assert insight.methods == (Method.CONTRIBUTIONS,)
+    assert insight.importance[Method.CONTRIBUTIONS] * insight.effect > 0
     assert found.importance[0][:2] == ("gender", "tone")
     assert [row[2] for row in found.importance] == sorted((row[2] for row in found.importance), reverse=True)
     assert found.auc is not None
@@ -137,6 +139,48 @@ def test_where_there_is_nothing_to_learn_nothing_is_found(what: str) -> None:
     assert (found.insights, found.auc) == ((), None)
 
 
+def test_a_taste_that_two_families_can_say_is_not_lost_between_them() -> None:
+    """Calm is only shown with a blue button: tone, button and both together speak of it, and the first leaves nothing
+    to the others, whose trees would give it any sign."""
+    rng, n = np.random.default_rng(9), 80_000
+    user, variant = rng.integers(0, 3, n), rng.integers(0, 6, n)
+    variants = TAGS | {"button": [["blue"], ["blue"], ["red"], ["green"], ["red"], ["green"]]}
+    clicks = rng.random(n) < expit(-2 + 0.8 * (user == 1) * (variant < 2))
+    log = log_of({"kind": np.array(["a", "b", "c"])[user].tolist()}, variants, variant, clicks, unit=np.arange(n))
+    coded = code(log, dependent=False)
+    both = next(t for t, tag in enumerate(coded.tags) if len(tag.names) == 2)
+    found = lightgbm_contributions(coded)
+    (insight,) = found.insights
+    assert (insight.segment, insight.tag) == ({"kind": "b"}, coded.tags[both].names)
+    # A third of the users, a third of the variants: 0.8 · (1 − 1/3)² is left of it.
+    assert insight.importance[Method.CONTRIBUTIONS] == pytest.approx(0.8 * 4 / 9, rel=0.2)
+
+
+def test_contributions_within_noise_have_no_sign() -> None:
+    coded = code(liking(20_000, 4, 0.6)[0], dependent=False)
+    at = proposals(lightgbm_contributions(coded))
+    told = {key[:2] for key, importance in at.items() if importance is not None}
+    assert {("gender", "f"), ("gender", "m")} <= told
+    assert any(importance is None for importance in at.values())
+
+
+def test_shap_values_of_the_tags_alone_are_half_of_the_centred_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is why they are added: what field and tag do together is parted evenly between them."""
+    coded, predict = code(liking(200_000, 2, 0.8, base=-1.0)[0], dependent=False), lightgbm.Booster.predict
+    whole = proposals(lightgbm_contributions(coded))
+
+    def of_tags(self: Any, x: Any, **given: Any) -> Array:
+        values = np.array(predict(self, x, **given))
+        values[:, 0] = 0  # the field's column
+        return values
+
+    monkeypatch.setattr(lightgbm.Booster, "predict", of_tags)
+    halved = proposals(lightgbm_contributions(coded))
+    tag = next(t for t, one in enumerate(coded.tags) if one.names == {"tone": "loud"})
+    for gender in ("f", "m"):
+        assert halved["gender", gender, tag] == pytest.approx(whole["gender", gender, tag] / 2, rel=0.1)
+
+
 # ── the network ──
 
 Exported = Callable[..., Ranker]
@@ -166,38 +210,68 @@ def ranker(exported: Exported) -> Ranker:
     return exported(liking(40_000, 10, 0.7)[0], deep=True)
 
 
-def test_the_networks_terms_find_a_preference_on_exposures_it_has_not_seen(ranker: Ranker) -> None:
-    log = liking(40_000, 11, 0.7)[0]
-    found = network_contributions(log, code(log, dependent=False), ranker, seen=False)
-    (insight,) = found.insights
-    assert (set(insight.segment), insight.tag) == ({"gender"}, {"tone": "loud"})
-    assert insight.importance[NETWORK] * insight.effect > 0
-    assert found.importance[0][:2] == ("gender", "tone")
-    assert found.auc is not None
-    assert found.auc > 0.53
-    assert len(found.diagnostics.examined.tags) <= len(found.candidates)
-
-
-def test_on_what_it_has_seen_the_network_only_seconds_a_search_over_all_pairs(ranker: Ranker) -> None:
+def test_the_network_seconds_what_the_statistics_found_and_adds_nothing(ranker: Ranker) -> None:
     log = liking(40_000, 10, 0.7)[0]
     coded = code(log, dependent=False)
     statistics = attribute_coded(coded)
-    found = network_contributions(log, coded, ranker, statistics=statistics)
+    found = network_contributions(log, coded, ranker, statistics)
     assert found.diagnostics is statistics.diagnostics
     assert found.auc is None
+    assert found.importance[0][:2] == ("gender", "tone")
     (insight,), (whole,) = found.insights, statistics.insights
     assert replace(insight, methods=whole.methods, importance=whole.importance) == whole
-    assert (insight.methods, list(insight.importance)) == ((NETWORK,), [NETWORK])
-    assert network_contributions(log, coded, ranker).insights == found.insights
+    assert (insight.methods, list(insight.importance)) == ((Method.NETWORK,), [Method.NETWORK])
+    assert insight.importance[Method.NETWORK] * insight.effect > 0
+    assert len(found.candidates) > 1
+    nothing = replace(statistics.diagnostics, selected=())
+    unfound = network_contributions(log, coded, ranker, statistics._replace(insights=[], diagnostics=nothing))
+    assert unfound.insights == ()
 
 
-def test_a_network_that_has_learned_nothing_or_the_opposite_seconds_nothing(exported: Exported) -> None:
+def test_a_network_that_learned_the_opposite_says_the_opposite_and_one_that_learned_nothing_says_nothing(
+    exported: Exported,
+) -> None:
     log = liking(40_000, 12, 0.7)[0]
     coded = code(log, dependent=False)
-    assert attribute_coded(coded).insights
-    for effect in (0.0, -0.7):
-        other = exported(liking(40_000, 13, effect)[0])
-        assert network_contributions(log, coded, other).insights == ()
+    statistics = attribute_coded(coded)
+    (whole,) = statistics.insights
+
+    def said_by(effect: float) -> Agreement:
+        network = network_contributions(log, coded, exported(liking(40_000, 13, effect)[0]), statistics)
+        (found,) = agreements({"statistics": statistics.insights, "network": network.insights})
+        return found
+
+    opposite = said_by(-0.7)
+    sign = 1 if whole.effect > 0 else -1
+    assert dict(opposite.found_by) == {"statistics": sign, "network": -sign}
+    assert opposite.sentence == "Found by the statistics alone; the network's terms say the opposite."
+    assert opposite.disagree and opposite.holds
+    nothing = said_by(0.0)
+    assert dict(nothing.found_by) == {"statistics": sign}
+    assert nothing.sentence == "Found by the statistics alone; the network's terms do not say it."
+
+
+def test_methods_that_see_different_halves_can_disagree() -> None:
+    """Women like loud in the half that is discovered on, and dislike it more in the other: the EBM and the trees say
+    what they saw, and not what confirmed it."""
+    log, p = liking(60_000, 20, 0.0)
+    coded = code(log, dependent=False)
+    confirms = np.isin(np.arange(len(coded)), halves(replace(coded, reward=np.arange(len(coded))))[1].reward)
+    female, loud = np.asarray(log.columns["gender"].to_pylist()) == "f", np.isin(log.variant, (2, 3))
+    logit = np.log(p / (1 - p)) + np.where(confirms, -2.0, 0.4) * female * loud
+    coded = replace(coded, reward=(np.random.default_rng(0).random(len(p)) < expit(logit)).astype(float))
+    by_method = {
+        "statistics": attribute_coded(coded).insights,
+        "ebm": ebm(coded, outer_bags=3).insights,
+        "contributions": lightgbm_contributions(coded).insights,
+    }
+    assert all(insights for insights in by_method.values())
+    of_tone = [a for a in agreements(by_method) if a.insight.tag == {"tone": "loud"} and "gender" in a.insight.segment]
+    assert of_tone
+    for found in of_tone:
+        assert {found.found_by["ebm"], found.found_by["contributions"]} == {-found.found_by["statistics"]}
+        assert found.disputed and not found.holds
+        assert "the EBM and the trees' contributions found the opposite" in found.sentence
 
 
 def test_a_network_of_another_scene_is_refused(ranker: Ranker) -> None:
@@ -206,10 +280,11 @@ def test_a_network_of_another_scene_is_refused(ranker: Ranker) -> None:
         {"mood": rng.normal(size=500)}, {"shape": [["a"], ["b"]]}, rng.integers(0, 2, 500), rng.random(500) < 0.3
     )
     coded = code(log, dependent=False)
+    statistics = attribute_coded(coded)
     with pytest.raises(InputError, match=r"model 1: it knows the fields \['age', 'city', 'gender'\].*of this scene"):
-        network_contributions(log, coded, ranker)
+        network_contributions(log, coded, ranker, statistics)
     with pytest.raises(InputError, match="of the same log"):
-        network_contributions(liking(400, 1, 0.0)[0], coded, ranker)
+        network_contributions(liking(400, 1, 0.0)[0], coded, ranker, statistics)
 
 
 # ── one decision ──

@@ -52,12 +52,41 @@ def test_a_taste_is_discovered_in_one_half_and_measured_in_the_other() -> None:
     ]  # fmt: skip
     assert best.methods == ("ebm",)
     assert best.q_value < 0.01
-    assert best.importance["ebm"] > 0
+    assert best.importance["ebm"] * best.effect > 0
     assert best.n < 0.3 * len(coded)  # the segment in the other half
     assert found.heat_maps[0].field == "gender"
     assert found.heat_maps[0].dimension == "tone"
     assert found.auc is not None
     assert found.auc > 0.55
+
+
+def test_importance_has_the_sign_of_the_contrast_in_the_heat_map() -> None:
+    for taste_of_women in (0.9, -0.9):
+        candidates = ebm(taste(20_000, 23, taste_of_women), outer_bags=3).candidates
+        own = {c.segment.label: c.importance or 0.0 for c in candidates[:2]}  # the strongest: women, and men, and loud
+        assert own["f"] * taste_of_women > 0 > own["m"] * taste_of_women
+
+
+@pytest.mark.parametrize("seed", [24, 26, 32])
+def test_a_taste_of_few_is_discovered_though_early_stopping_leaves_no_heat_map_of_it(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = 30_000
+    level = rng.choice(["bronze", "silver", "gold", "platinum"], n, p=[0.5, 0.3, 0.15, 0.05])
+    variant = rng.integers(0, 6, n)
+    reward = rng.random(n) < expit(-2 + 0.7 * (level == "platinum") * np.isin(variant, (2, 3)))
+    found = ebm(code(log_of({"level": level.tolist()}, TAGS, variant, reward), dependent=False), outer_bags=3)
+    assert found.heat_maps[0].importance < 0.02
+    assert (dict(found.insights[0].segment), dict(found.insights[0].tag)) == ({"level": "platinum"}, {"tone": "loud"})
+    assert found.insights[0].importance["ebm"] > 0
+
+
+def test_a_heat_map_that_contradicts_its_own_test_does_not_say_which_way_it_is() -> None:
+    model = boosted(taste(20_000, 23, 0.9), outer_bags=2)
+    reversed_ = replace(model, joint=tuple(-scores for scores in model.joint))
+    own, other = module._candidates(model), module._candidates(reversed_)
+    assert {(c.segment, c.tag) for c in own} == {(c.segment, c.tag) for c in other}
+    assert own[0].importance is not None
+    assert next(c for c in other if (c.segment, c.tag) == (own[0].segment, own[0].tag)).importance is None
 
 
 def test_where_nobody_has_a_taste_nothing_is_found() -> None:

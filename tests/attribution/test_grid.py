@@ -11,6 +11,7 @@ from scipy import stats
 from scipy.special import expit
 
 from attribution.coding import code
+from attribution.discoveries import Q
 from attribution.grid import MIN_CLICKS, GridResult, grid, without_noise
 from attribution.insights import attribute_coded
 from kaleidoscope.log import Log
@@ -67,6 +68,21 @@ def test_two_features_that_matter_together_are_one_insight_and_their_parts_are_n
     assert insight.preference is not None and insight.preference > 1.1
     parts = [(dict(pair.segment), dict(pair.tag)) for pair in insight.explained_by]
     assert any(set(segment) < {"sex", "age"} for segment, _ in parts)
+
+
+def test_a_second_crossing_of_a_family_that_is_clear_beside_the_first_has_the_q_value_it_was_held_to() -> None:
+    """Alone it passes the first threshold only, and so much is asked of it alone; beside the first it is clear."""
+    log, p = world(20_000, 10)
+    age, city = (np.array(log.columns[name].to_pylist()) for name in ("age", "city"))
+    loud, plain = np.isin(log.variant, LOUD), np.isin(log.variant, (4, 5))
+    more = 0.8 * ((age == "young") & (city == "a") & loud) + 0.4 * ((age == "old") & (city == "b") & plain)
+    click = np.random.default_rng(10).random(len(p)) < expit(np.log(p / (1 - p)) + more)
+    result = looked(replace(log, reward=click.astype(np.float32)))
+    assert found(result) == [
+        ({"age": "young", "city": "a"}, {"tone": "loud"}),
+        ({"age": "old", "city": "b"}, {"tone": "plain"}),
+    ]
+    assert result.insights[0].q_value < 1e-3 < result.insights[1].q_value <= Q
 
 
 def test_what_a_pair_explains_is_told_as_a_pair() -> None:
@@ -201,3 +217,18 @@ def test_logs_with_little_to_cross_have_what_there_is(fields: int, dimensions: i
     shapes = {(len(cell.segment), len(cell.tag)) for cell in result.cells}
     assert shapes == ({(fields, dimensions)} if fields and dimensions and fields + dimensions > 2 else set())
     assert len(result.names) == len(result.diagnostics.examined.z)
+
+
+@pytest.mark.parametrize("guests", [0.95, 1.0])
+def test_a_unit_that_has_most_of_the_rows_makes_nothing_look_sure(guests: float) -> None:
+    """Its score is about 0 where the model is fitted: by unit, nothing seems to vary."""
+    for seed in range(3):
+        log = world(3_000, seed, base=0.3)[0]
+        assert log.unit is not None
+        guest = np.random.default_rng(seed).random(len(log)) < guests
+        guest[:12] = False
+        coded = code(
+            replace(log, unit=np.unique(np.where(guest, -1, log.unit), return_inverse=True)[1]), dependent=False
+        )
+        assert not grid(coded).insights
+        assert not attribute_coded(coded).insights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import numpy as np
 
@@ -25,6 +26,31 @@ def test_ticks_are_symmetrical_and_apart() -> None:
             assert np.diff(places).min() >= 19
 
 
+def test_labels_of_ticks_do_not_touch_where_a_picture_is_narrow() -> None:
+    """In two columns on paper it is 94 pixels wide, and a label of six characters 36."""
+    for limit in np.geomspace(0.02, 4, 60):
+        ticks = Axis(limit, narrow=True).ticks
+        assert len(ticks) <= 3
+        ends = [
+            (0.94 * x - (0 if x < 8 else w if x > 92 else w / 2), w) for x, w in ((x, 6 * len(t)) for x, t in ticks)
+        ]
+        assert all(left + width <= right for (left, width), (right, _) in pairwise(ends)), (limit, ticks)
+
+
+def test_what_is_unknown_has_no_axis() -> None:
+    picture = forest([Bar(name("a"), None, n=3, note="too few units or clicks")])
+    assert "<svg" not in picture and "unknown" in picture and "too few units or clicks" in picture
+    both = forest([Bar(name("a"), None), Bar(name("b"), 0.1, 0.0, 0.2)])
+    assert both.count("<svg") == 2  # the scale, and the one that is known
+
+
+def test_what_is_to_be_typed_is_set_as_such() -> None:
+    assert prose("Give `--shares control=.2,random=.8` or `unit`.") == (
+        "Give <code>--shares control=.2,random=.8</code> or <code>unit</code>."
+    )
+    assert prose("`<b>`") == "`&lt;b&gt;`"
+
+
 def test_numbers_read_the_same_everywhere() -> None:
     assert relative(0.342) == "+34\u00a0%" and relative(-0.0521) == "−5.2\u00a0%" and relative(-0.0001) == "0.0\u00a0%"
     assert prose("by -5.4 % to +2 % (a-1, 2026-10-01)") == "by −5.4\u00a0% to +2\u00a0% (a-1, 2026-10-01)"
@@ -37,7 +63,7 @@ def test_numbers_read_the_same_everywhere() -> None:
 
 def test_long_names_are_cut_and_may_break_above_a_column() -> None:
     assert len(re.sub("<.*?>", "", name("x" * 300))) == 80 and 'title="' + "x" * 300 in name("x" * 300)
-    assert "<wbr>" in narrow("button_colour_of_the_page") and "<wbr>" not in narrow("calm")
+    assert "<wbr>" in narrow("button_colour_of_the_page") and "<wbr>" not in narrow("calm") + narrow("Restaurant(<20)")
     assert re.sub("<.*?>", "", narrow("  ")) == "“  ”" == re.sub("<.*?>", "", name("  "))
 
 

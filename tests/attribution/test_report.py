@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +46,7 @@ from attribution.pictures import Colours, interval, relative
 from attribution.portrait_map import COLUMNS
 from attribution.preference import PreferenceCell, PreferenceResult, preferences
 from attribution.report import render
+from kaleidoscope.experiment import Cohort
 from kaleidoscope.log import Check
 from kaleidoscope.vocabulary import Level
 from tests.attribution.logs import liking
@@ -61,8 +65,8 @@ class Grid:
     cells: Sequence[GridCell]
 
 
-def agreement(insight: Insight, methods: dict[str, int], missing: Sequence[str] = (), *, disagree: bool = False) -> Any:
-    return Agreement(insight=insight, found_by=methods, not_found_by=tuple(missing), disagree=disagree)
+def agreement(insight: Insight, methods: dict[str, int], missing: Sequence[str] = ()) -> Any:
+    return Agreement(insight=insight, found_by=methods, not_found_by=tuple(missing))
 
 
 @cache
@@ -120,7 +124,8 @@ def effects(told: str = "told") -> Effectiveness:
     trend = Trend("model", "time", "day", 14.0, Measured(-0.01, -0.02, 0.0), 0.04, Direction.SHRINKS, True, (
         Slice("day 1-7", 900, 400, lift, lift, lift), Slice("day 8-14", 30, 10, None, None, None)))  # fmt: skip
     fatigue = Fatigue(Judgement.SIGN, "The lift of model shrinks with time.", (trend,), {}, (told,))
-    ratio = Ratio({"control": 5_649, "model": 14_502}, {"control": 0.28, "model": 0.72}, 0.0001, True)
+    cohort = Cohort("release 1", {"control": 5_649, "model": 14_502}, {"control": 0.3, "model": 0.7})
+    ratio = Ratio(cohort.units, {"control": 0.28, "model": 0.72}, cohort.expected, 0.0001, True, (cohort,))
     balance = (Balance("age", "user", 0.001, 0.002, "model", None, Measured(0.31, 0.2, 0.42)),
                Balance("hour", "time", 0.5, None, "model", "04-08", Measured(0.01, -0.1, 0.1)))  # fmt: skip
     products = Products({"control": {"fund": 1.0}, "model": {"fund": 0.6, "bond": 0.4}}, 0.01, 0.02, held_fixed=False)
@@ -199,8 +204,33 @@ def test_where_nothing_could_be_looked_at_it_says_so() -> None:
     text = words(attribution=statistics, agreements=[], not_done=dict.fromkeys(parts, reason), **parts)
     assert "Too few exposures to find anything: none of the 90 segment × tag pairs" in text
     assert text.count(f"Not done: {reason}") >= 5 and text.count(f"not done: {reason}") == 3  # once in the limits
-    assert "90 of 90" in text and "No tag varies" in text and "there is nothing to agree on" in text
+    assert "90 of 90" in text and "No tag varies" not in text and "there is nothing to agree on" in text
     assert "None" not in text and "nan" not in text and "found nothing" not in text
+
+
+def test_what_is_wrong_with_the_log_stands_in_the_summary() -> None:
+    head = words().split("Portrait")[0]
+    assert "▲ 1 warning about the log: read it before the rest." in head and "Error in the log" not in head
+    wrong = Check("propensity_mean", Level.ERROR, "mean(1/propensity) is 9; set `propensity: null`.")
+    page = render(replace(analysis(), checks=(*analysis().checks, *analysis().checks, wrong)))
+    head = Page(page).text.split("Portrait")[0]
+    assert "✖ Error in the log: mean(1/propensity) is 9; set propensity: null." in head
+    assert "2 warnings about the log, besides: read them before the rest." in head
+    assert "<code>propensity: null</code>" in page and "`" not in Page(page).text
+    assert "about the log" not in words(checks=()).split("Portrait")[0]
+
+
+def test_user_fields_that_tell_nobody_apart_are_the_reason_and_no_tag_is_blamed() -> None:
+    nobody = replace(without_users(), facts=analysis().facts, not_done={"ebm": "Each is the same."})
+    text = Page(render(nobody)).text
+    assert "No user field tells users apart: nothing can be compared." in text
+    assert "no reason was recorded" not in text and "too little to be judged" not in text
+    effects = analysis().attribution._replace(main_effects=[])
+    assert "No tag varies" not in words(attribution=effects)
+    assert "Too few clicks, or too few units, to compare the click rate" in words(attribution=effects)
+    diagnostics = nobody.attribution.diagnostics
+    same = replace(nobody, tags=(), attribution=effects._replace(diagnostics=diagnostics, insights=[]))
+    assert "No tag varies among the variants that were shown." in Page(render(same)).text
 
 
 def test_a_log_without_user_fields_is_about_what_everybody_takes_and_nothing_else() -> None:
@@ -215,7 +245,7 @@ def test_a_log_without_user_fields_is_about_what_everybody_takes_and_nothing_els
     assert set(links) <= set(ids) and text.count("the methods' agreement are left out") == 1
     for nonsense in (
         "0 of 0",
-        "Never tried enough",
+        "Shown or clicked too little",
         "in that they agree",
         "Nothing could be looked at",
         "EBM Proposes",
@@ -258,7 +288,7 @@ def test_a_crossing_that_holds_by_itself_is_the_headline() -> None:
     head = text.split("Contents" if "Contents" in text else "Portrait")[0]
     assert "Nothing is sure" not in text and "Nothing was found" not in head and "1 crossing holds" in head
     assert 'class="verdict"' in page
-    explained = Agreement(single, {"statistics": 1}, (), False, both)
+    explained = Agreement(single, {"statistics": 1}, (), both)
     text = words(agreements=[agreement(both, {"grid": 1}), explained])
     assert "1 more is part of a crossing, and nothing beside it" in text and "gender = f part of a crossing" in text
 
@@ -271,10 +301,126 @@ def test_a_crossing_is_said_to_be_beyond_its_parts_and_not_the_plain_odds() -> N
 
 def test_methods_that_disagree_are_pointed_out_and_left_out_of_the_summary() -> None:
     insight = analysis().attribution.insights[0]
-    text = words(agreements=[agreement(insight, {"statistics": 1, "ebm": -1}, disagree=True)])
+    text = words(agreements=[agreement(insight, {"statistics": 1, "ebm": -1})])
     assert "Nothing is sure" in text and "⚠ Methods disagree about the sign of 1 more" in text
     assert "Users with gender = f" not in text.split("Portrait")[0]
     assert "gender = f ⚠ disagree" in text and "▲ more" in text and "▼ less" in text
+
+
+def test_that_the_network_says_the_opposite_is_said_loudly_and_takes_nothing_away() -> None:
+    insight = analysis().attribution.insights[0]
+    own = replace(insight, methods=("network",), importance={"network": -0.2})
+    network = ContributionResult((own,), analysis().attribution.diagnostics, (), (), None)
+    found = [agreement(insight, {"statistics": 1, "ebm": 1, "network": -1})]
+    page = render(replace(analysis(), network=network, agreements=found, not_done={}))
+    text = Page(page).text
+    head = text.split("Portrait")[0]
+    assert "1 preference stands out" in head and "found by 2 of 2 methods; ⚠ the network says the opposite" in head
+    assert "⚠ The CTR network says the opposite of 1 of them. It has no test of its own" in head
+    assert "Methods disagree" not in head and "hit" in page.split('id="portrait"')[1].split('id="segments"')[0]
+    assert "Standardised preference; the opposite: Network contributions" in text
+    table = text.split("Do the methods agree? Which methods")[1].split("What everybody takes")[0]
+    assert "there is none here" in table and "Of 1 it says the opposite" in table
+    assert "Network contributions (no test of its own)" in table
+    assert "gender = f ⚠ the network says the opposite" in table and "▼ less" in table
+    methods = text.split("The field × tag terms")[1]
+    assert "has no test of its own: effect, interval and q beside its name are the statistics'." in methods
+
+
+def test_nothing_of_the_network_is_said_to_be_of_users_it_has_not_seen() -> None:
+    part = words().split("What the network learned The same kind")[1].split("What the models lean on")[0]
+    assert "on users that the picture below was not fitted to (the network may have learned from them)" in part
+
+
+def test_a_frame_is_filled_for_what_the_consensus_holds_and_so_are_headings_counted() -> None:
+    """A neighbour or mirror of an insight, that another method named, says nothing of its own."""
+    insight = analysis().attribution.insights[0]
+    men = replace(insight, segment={"gender": "m"}, effect=-0.4, ci_low=-0.6, ci_high=-0.2, explained_by=())
+    page = render(replace(analysis(), ebm=replace(analysis().ebm, insights=[men])))
+    portrait = page.split('id="portrait"')[1].split('id="segments"')[0]
+    assert len(re.findall(r'<td class="[^"]*maybe[^"]*"', portrait)) == 1 and portrait.count("<b>(▼)\u00a0") == 1
+    filled = len(re.findall(r'<td class="[^"]*hit[^"]*"', portrait))
+    assert filled == 1 and '<bdi>gender</bdi> <span class="soft">1 insight</span>' in portrait
+    assert page.split('id="segments"')[1].split('id="grid"')[0].count('<circle class="maybe less"') == 1
+
+
+def test_grey_rows_have_plain_intervals() -> None:
+    """Given that a pair was not selected, an interval leans away from 0: as if what was not found were large."""
+    examined = analysis().attribution.diagnostics.examined
+    plots = Page(html()).text.split("Segment by segment How")[1].split("Two user fields")[0]
+    (k,) = (
+        k for k, segment in enumerate(examined.segments)
+        if segment.label == "f" and analysis().tags[examined.tags[k]].names == {"tone": "plain"}
+    )  # fmt: skip
+    low, high = (np.expm1(examined.gamma[k] + side * 1.959964 * examined.se[k]) for side in (-1, 1))
+    shown = interval(low, high).replace("\u00a0", " ")
+    assert f"({shown})" in plots and "plain 95 % intervals" in plots
+
+
+def test_tables_without_a_finding_are_folded() -> None:
+    grid = page_part("grid", "effectiveness")
+    assert "<details" not in grid and 'class="heat"' in grid
+    empty = page_part("grid", "effectiveness", grid=Grid([], analysis().grid.cells))
+    unknown = [replace(cell, ctr=None) for cell in analysis().grid.cells]
+    assert "<table" not in page_part("grid", "effectiveness", grid=Grid([], unknown))
+    assert "Nothing was found" in empty and empty.index("<details") < empty.index('class="heat"') < empty.index(
+        "</details>"
+    )
+
+
+def page_part(first: str, then: str, **changed: Any) -> str:
+    return render(replace(analysis(), **changed)).split(f'id="{first}"')[1].split(f'id="{then}"')[0]
+
+
+def test_a_model_that_could_learn_nothing_says_so_and_has_no_auc() -> None:
+    nothing = replace(analysis().ebm, shapes=(), heat_maps=())
+    part = page_part("ebm", "limits", ebm=nothing, contributions=replace(analysis().contributions, importance=()))
+    assert "It learned nothing: too few clicks" in part and "How much each value moves" not in part.split("network")[0]
+    assert "It leans on no pair." in part and "0.62" not in part
+
+
+def test_the_summary_says_that_it_lists_the_surest_only() -> None:
+    insight = analysis().attribution.insights[0]
+    assert "listed here" not in words()
+    twice = [
+        agreement(insight, {"statistics": 1}),
+        agreement(replace(insight, tag={"tone": "calm"}), {"statistics": 1}),
+    ]
+    text = words(agreements=twice)
+    assert "2 preferences stand out" in text and "The surest is listed here; the other under" in text
+    more = [*twice, agreement(replace(insight, tag={"style": "flat"}), {"statistics": 1}),
+            agreement(replace(insight, tag={"tone": "plain"}), {"statistics": 1})]  # fmt: skip
+    assert "The 2 surest are listed here, of each user field and tag dimension one; the others under" in words(
+        agreements=more
+    )
+
+
+def test_how_far_odds_had_to_be_has_a_direction() -> None:
+    text = words(attribution=analysis().attribution._replace(insights=[]), agreements=[], ebm=None, grid=None)
+    found = re.search(r"the odds had to be about ([\d.]+) % higher or ([\d.]+) % lower in the typical pair", text)
+    assert found and float(found[1]) > float(found[2])
+
+
+def test_words_are_explained_where_they_come_first_and_noise_is_left_out() -> None:
+    text = words()
+    for word, explained in (
+        ("strata", "strata (exposures of the same context"),
+        ("q ≤", "q ≤ 0.05 (of all that look as sure, at most one in twenty"),
+        ("AUC", "AUC of 0.610 (how often it puts"), ("logits", "logits (logarithms of the odds"),
+        ("consensus", "consensus, which the summary and the framed cells are of"),
+    ):  # fmt: skip
+        first = text.index(word, text.index("What everybody takes The")) if word == "strata" else text.index(word)
+        assert text[first:].startswith(explained), word
+    assert "Time: " not in text and not re.search(r"[\d,]+ cells\.", text)
+
+
+def test_on_a_phone_a_cell_and_its_label_are_side_by_side() -> None:
+    """A grid has a column for the label and one for all of the cell, and labels break where words do."""
+    table = page_part("agreement", "main-effects")
+    cells = re.findall(r"<td data-label=[^>]*>(.*?)</td>", table)
+    assert cells and all(re.fullmatch(r"<span>.*</span>", cell) for cell in cells)
+    css = html().split("<style>")[1].split("</style>")[0]
+    assert not re.search(r"\.(more|less) {[^}]*nowrap", css) and '<div class="scroll"><table class="stack' in table
 
 
 def test_what_one_method_alone_found_is_marked_so_everywhere_and_left_out_of_the_summary() -> None:
@@ -294,7 +440,12 @@ def test_the_sign_in_a_frame_is_the_insights_also_where_the_raw_preference_diffe
     less = replace(analysis().attribution.insights[0], effect=-0.3, ci_low=-0.5, ci_high=-0.1)
     done = dict.fromkeys(("ebm", "grid", "contributions"))
     page = render(
-        replace(analysis(), attribution=analysis().attribution._replace(insights=[less]), agreements=[], **done)
+        replace(
+            analysis(),
+            attribution=analysis().attribution._replace(insights=[less]),
+            agreements=[agreement(less, {"statistics": -1})],
+            **done,
+        )
     )
     portrait = page.split('id="portrait"')[1].split('id="segments"')[0]
     assert re.findall(r'<td class="[^"]*hit[^"]*"[^>]*><b>(.)\u00a0(.)', portrait) == [("▼", "+")]
@@ -315,13 +466,19 @@ def test_a_method_that_was_not_done_says_why() -> None:
 
 def test_says_what_it_cannot_say() -> None:
     statistics = analysis().attribution
-    diagnostics = replace(statistics.diagnostics, effective_share=0.5, clipped=0.02, strata=12, too_few=1_234)
+    diagnostics = replace(
+        statistics.diagnostics, effective_share=0.5, clipped=0.02, strata=12, too_few=1_234, clipped_uniform=0.019,
+        lost_uniform=0.3, certain=17.0,
+    )  # fmt: skip
     new = Tag((("tone", "shy"),))
     text = words(attribution=statistics._replace(diagnostics=diagnostics), tags=(*analysis().tags, new))
     limits = text.split("What we cannot say, and why")[-1]
     for said in (
-        "1,234 of", "12 strata", "Never tried enough to be judged for any segment: tone = shy", "10,000 evenly",
-        "2.00 % of the exposures would have counted more", "74 rows repeat an earlier row",
+        "1,234 of", "12 strata", "Shown or clicked too little to be judged for any segment: tone = shy",
+        "10,000 evenly", "2.00 % of the exposures would have counted more",
+        "in what everybody takes, 1.90 % of the exposures, by which 30.0 % of all that they stand for is lost",
+        "17 exposures whose users could have seen nothing else",
+        "74 rows repeat an earlier row",
     ):  # fmt: skip
         assert said in limits
     plain = words().split("What we cannot say, and why")[-1]
@@ -347,11 +504,24 @@ def test_the_portrait_shows_the_fields_with_insights_first_and_folds_the_others(
 
 def test_unknown_cells_are_no_zeros() -> None:
     unknown = PreferenceCell({"gender": "f"}, {"tone": "loud"}, 0, 0, *[None] * 9)
-    page = render(
-        replace(analysis(), preference=PreferenceResult((), analysis().attribution.diagnostics, (unknown,), {}))
-    )
-    portrait = page.split('id="portrait"')[1].split('id="segments"')[0]
+    known = PreferenceCell({"gender": "m"}, {"tone": "loud"}, 900, 45, *[0.05] * 3, *[1.1] * 6)
+    portrait = portrait_of(unknown, known)
     assert re.findall(r"<td class=\"?none[^>]*>(.*?)</td>", portrait) == ["·"]
+
+
+def portrait_of(*cells: PreferenceCell) -> str:
+    """That part of a page with these cells, of fields without insights too."""
+    page = render(replace(analysis(), preference=PreferenceResult((), analysis().attribution.diagnostics, cells, {})))
+    return page.split('id="portrait"')[1].split('id="segments"')[0]
+
+
+def test_cells_with_too_few_clicks_are_unknown_unless_clicks_were_to_be_expected() -> None:
+    """Of three clicks nothing follows, though the model of tastes has a number; of none in 900 exposures much does."""
+    few = PreferenceCell({"city": "a"}, {"tone": "loud"}, 60, 3, *[0.05] * 3, *[1.41] * 6)
+    none = PreferenceCell({"city": "b"}, {"tone": "loud"}, 900, 0, *[0.0] * 3, *[0.7] * 6)
+    portrait = portrait_of(few, none)
+    assert "+41" not in portrait and "−30" in portrait and portrait.count(">·</td>") == 1
+    assert "Too few clicks: in no cell are there ten clicks" in portrait_of(few) and "<table" not in portrait_of(few)
 
 
 def test_a_forest_plot_has_the_insights_first_and_says_what_explains_the_others() -> None:
@@ -446,11 +616,83 @@ def test_tints_leave_text_readable_and_can_be_told_apart_without_colour() -> Non
     assert Colours.of([0.01, 0.05, -0.2]).tint(-0.2) == "d4"
 
 
+# Machado, Oliveira & Fernandes 2009 (doi:10.1109/TVCG.2009.113), severity 1, of linear RGB.
+BLIND = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+LEAST_APART = 4.0  # ΔE*ab between neighbours of a scale: about twice what is just seen side by side
+LEAST_OPPOSED = 10.0  # of the same step on either side, and of signs
+
+
+@pytest.mark.parametrize("vision", BLIND)
+def test_colours_can_be_told_apart_by_colour_blind_people(vision: str) -> None:
+    css = html().split("<style>")[1].split("</style>")[0]
+    tints = dict(re.findall(r"\.([uds]\d) { background: (#[0-9a-f]{6})", css))
+    signs = dict(re.findall(r"--(orange|blue): (#[0-9a-f]{6})", css))
+
+    def apart(a: str, b: str) -> float:
+        return float(np.linalg.norm(seen_by(vision, a) - seen_by(vision, b)))
+
+    for side in "uds":
+        scale = ["#fafbfc", *(tints[f"{side}{i}"] for i in range(1, 5))]  # from a cell without a tint
+        assert min(apart(a, b) for a, b in pairwise(scale)) >= LEAST_APART, side
+    assert min(apart(tints[f"u{i}"], tints[f"d{j}"]) for i in range(1, 5) for j in range(1, 5)) >= LEAST_OPPOSED
+    assert apart(signs["orange"], signs["blue"]) >= 2 * LEAST_OPPOSED
+    if vision == "deuteranopia":  # a red and a green of the same lightness would not pass
+        assert apart("#f8c0c0", "#b8dcb8") < LEAST_APART
+
+
+def seen_by(vision: str, colour: str) -> Any:
+    """L*a*b* (D65) of #rrggbb as people with this colour vision see it."""
+    channels = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(np.array(BLIND[vision]) @ linear, 0, 1)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    x = to_xyz @ linear / [0.9505, 1, 1.089]
+    f = np.where(x > (6 / 29) ** 3, np.cbrt(x), x / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
 def luminance(colour: str) -> float:
     """WCAG 2's relative luminance of #rrggbb."""
     channels = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def test_what_is_folded_away_is_printed(tmp_path: Path) -> None:
+    """A page without scripts cannot unfold itself before it is printed."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None or shutil.which("pdftotext") is None:
+        pytest.skip("needs Chromium and pdftotext (apt-get install chromium poppler-utils)")
+    quiet = PreferenceCell({"quietfield": "quietvalue"}, {"tone": "loud"}, 900, 45, *[0.05] * 3, *[1.0] * 6)
+    preference = replace(analysis().preference, cells=(*analysis().preference.cells, quiet))
+    shapes = tuple(shape(f"shape{i}", ("f", "m"), (0.1, 0.1)) for i in range(9))
+    insights = [
+        replace(analysis().attribution.insights[0], segment={"town": f"town{i}"}, explained_by=()) for i in range(30)
+    ]
+    checks = (*analysis().checks, Check("folded_check", Level.INFO, "remarkable"))
+    page = render(
+        replace(
+            analysis(), preference=preference, checks=checks, ebm=replace(analysis().ebm, shapes=shapes),
+            attribution=analysis().attribution._replace(insights=insights),
+            agreements=[agreement(insight, {"statistics": 1}) for insight in insights],
+        )
+    )  # fmt: skip
+    folded = " ".join(re.findall(r"<details.*?</details>", page, re.DOTALL))
+    assert all(word in folded for word in ("quietvalue", "shape8", "town29", "remarkable"))
+    (tmp_path / "report.html").write_text(page, encoding="utf-8")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+    command += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}", "--no-pdf-header-footer"]
+    command += [f"--print-to-pdf={tmp_path / 'report.pdf'}", (tmp_path / "report.html").as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    read = subprocess.run(["pdftotext", tmp_path / "report.pdf", "-"], check=True, capture_output=True, text=True)
+    printed = read.stdout
+    missing = [word for word in ("quietvalue", "shape8", "town29", "remarkable") if word not in printed]
+    assert not missing
+    assert "prints only what is unfolded" not in printed  # for browsers that cannot
 
 
 @pytest.mark.parametrize("typed", [EVIL, LONG, BACKWARDS, "שלום", "👩‍👩‍👧 🎉", "", " ", "a\nb\x00c\ud800", "[1, 2)"])
@@ -535,7 +777,9 @@ def test_a_page_of_thirty_fields_and_sixty_tags_stays_small_and_counts_what_it_l
     Page(page)
     portrait = page.split('id="portrait"')[1].split('id="segments"')[0]
     left_out = int(
-        re.findall(r"([\d,]+) of them, of fields and values without insights first", portrait)[0].replace(",", "")
+        re.findall(r"([\d,]+) of [\d,]+ cells, of fields and values without insights first", portrait)[0].replace(
+            ",", ""
+        )
     )
     overview = portrait.split('class="heat overview"')[1].split("</table>")[0].count("<td")
     assert portrait.count("<td") - overview + left_out == len(cells) == 43_200

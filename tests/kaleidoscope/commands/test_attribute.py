@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,19 @@ from kaleidoscope.access import operator
 from kaleidoscope.cli import main
 from kaleidoscope.commands.attribute import attribute_log, attribute_scene, csv_text, said
 from kaleidoscope.database import Database
+from kaleidoscope.encoding import Encoder
 from kaleidoscope.errors import InputError, JobError, LogError, NotFoundError
+from kaleidoscope.log import Log, read_log
+from kaleidoscope.log_schema import read_schema
 from kaleidoscope.portraits import latest_portrait, portrait_of
 from kaleidoscope.progress import Silent
 from kaleidoscope.settings import Settings
 from tests.kaleidoscope.commands.acme import SCENES, platform
 
-FILES = ["grid.csv", "insights.csv", "main_effects.csv", "portrait.csv", "report.html", "summary.json", "variants.csv"]
+FILES = [
+    "agreement.csv", "grid.csv", "insights.csv", "main_effects.csv", "portrait.csv", "report.html", "summary.json",
+    "variants.csv",
+]  # fmt: skip
 SCRIPT = "<script>alert(1)</script>"
 
 
@@ -54,7 +61,7 @@ def write_log(folder: Path, n: int = 6_000, **schema: Any) -> tuple[Path, Path]:
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    return list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines()))
 
 
 def test_a_log_gives_a_report_a_summary_and_tables(tmp_path: Path) -> None:
@@ -79,8 +86,80 @@ def test_a_log_gives_a_report_a_summary_and_tables(tmp_path: Path) -> None:
     assert SCRIPT not in page and "gender" in page
     rows = rows_of(out / "insights.csv")
     assert {row["method"] for row in rows} >= {"statistics", "preference"}
+    first = rows[0]
+    assert first["crossed"] == "False" and first["tested_by"] == "statistics" and " × tone=" in first["explained_by"]
+    assert float(first["ctr"]) == pytest.approx(int(first["clicks"]) / int(first["n"]), rel=1e-4)
+    preference = next(row for row in rows if row["method"] == "preference")
+    assert (float(preference["importance"]) > 0) == (float(preference["effect"]) > 0)
     portrait = rows_of(out / "portrait.csv")
     assert {"city==1+1", f"city={SCRIPT}", "gender=f"} <= {row["segment"] for row in portrait}
+
+
+def test_where_methods_agree_is_a_table_and_what_models_say_is_in_numbers(tmp_path: Path) -> None:
+    log, schema = write_log(tmp_path)
+    kept = json.loads(json.dumps(attribute_log(log, schema, tmp_path / "out", seed=0, progress=Silent())))
+    agreed, rows = kept["agreement"], rows_of(tmp_path / "out" / "agreement.csv")
+    assert len(rows) == len(agreed) > 0
+    for one, row in zip(agreed, rows, strict=True):
+        assert row["sentence"] == one["sentence"] and row["consensus"] == str(one["consensus"])
+        assert row["found_by"].split(", ") == [f"{m}={'+' if s > 0 else '-'}" for m, s in one["found_by"].items()]
+        assert row["not_found_by"].split(", ") == (one["not_found_by"] or [""])
+        assert float(row["effect"]) == pytest.approx(one["insight"]["effect"], rel=1e-4)
+    models = kept["models"]
+    assert models["network"] is models["network_ebm"] is None  # no model was given
+    assert 0.5 < models["ebm"]["auc"] < 1 and 0.5 < models["contributions"]["auc"] < 1
+    assert models["contributions"]["pairs"][0].keys() == {"field", "dimension", "mean_size"}
+    shape = next(shape for shape in models["ebm"]["shapes"] if shape["name"] == "tone")
+    assert {value["value"] for value in shape["values"]} == {"calm", "loud", "plain"}
+    assert all(value["low"] <= value["logit"] <= value["high"] for value in shape["values"])
+    heat = models["ebm"]["heat_maps"][0]
+    assert (heat["field"], heat["dimension"]) == ("gender", "tone")
+    at = heat["rows"].index("f"), heat["columns"].index("loud")
+    assert heat["logit"][at[0]][at[1]] > 0
+    assert [kept["methods"][m]["own_test"] for m in ("statistics", "ebm")] == [True, True]
+    assert kept["methods"]["ebm"]["tested_by"] == "statistics, on the other half of the units"
+
+
+def test_a_model_that_learned_the_opposite_is_told_in_every_file(tmp_path: Path) -> None:
+    """The log of a world where women dislike loud, learned from, beside one in which they like it."""
+    log, schema = write_log(tmp_path, n=12_000)
+    other = tmp_path / "other"
+    other.mkdir()
+    turned = pq.read_table(log).to_pandas()
+    turned["gender"] = turned["gender"].map({"f": "m", "m": "f"})
+    turned.to_parquet(other / "log.parquet")
+    ranker = trained_on(read_log(other / "log.parquet", read_schema(schema)), tmp_path / "model")
+    out = tmp_path / "out"
+    kept = json.loads(json.dumps(attribute_log(log, schema, out, model=ranker, seed=0, progress=Silent())))
+    (first,) = (one for one in kept["agreement"] if one["insight"]["segment"].keys() == {"gender"})
+    sign = first["found_by"]["statistics"]
+    assert first["found_by"]["network"] == -sign and first["disagree"] and first["consensus"]
+    assert "the network's terms say the opposite" in first["sentence"]
+    assert kept["methods"]["network"]["own_test"] is False
+    assert kept["methods"]["network"]["tested_by"] == "statistics, not by the network"
+    row = next(row for row in rows_of(out / "insights.csv") if row["method"] == "network")
+    assert row["tested_by"] == "statistics, not by the network" and float(row["importance"]) * float(row["effect"]) < 0
+    assert f"network={'-' if sign > 0 else '+'}" in rows_of(out / "agreement.csv")[0]["found_by"]
+    assert "⚠ the network says the opposite" in (out / "report.html").read_text()
+    fidelity = kept["models"]["network_ebm"]["fidelity"]
+    assert 0 < fidelity["r2_main"] < fidelity["r2"] <= 1 and kept["models"]["network"]["auc"] is None
+
+
+def trained_on(log: Log, folder: Path) -> Path:
+    """The folder of a network that learned from this log: its tables, without a deep part."""
+    from models.batch import Examples
+    from models.export import export_model
+    from models.networks import DeepConfig, DeepPart
+    from models.tables import fit_tables
+    from models.train import CtrModel
+
+    dimensions = log.schema.variant
+    encoder = Encoder.fit(log.columns, user=log.schema.user, context=(), variants=log.variants, dimensions=dimensions)
+    tables = fit_tables(Examples.of(log, encoder), encoder)
+    deep = DeepPart(DeepConfig(tables.layout.n_crossed, tables.layout.crossed_tags.shape[1], 4, 8, 2))
+    model, at = CtrModel(tables, deep, 0.0), datetime(2026, 1, 1, tzinfo=UTC)
+    export_model(model, folder, version="1", variants=log.variants, log_hash="x", seed=1, created_at=at)
+    return folder
 
 
 def test_the_control_bucket_says_nothing_of_preferences(tmp_path: Path) -> None:
@@ -111,8 +190,22 @@ def test_what_cannot_be_attributed_is_refused_and_nothing_written(tmp_path: Path
     pq.write_table(pa.table(table), tmp_path / "log.parquet")
     (tmp_path / "schema.yaml").write_text(yaml.safe_dump({"label": "click", "user": ["gender"], "variant": ["tone"]}))
     with pytest.raises(LogError, match="no propensities"):
-        attribute_log(tmp_path / "log.parquet", tmp_path / "schema.yaml", tmp_path / "out", seed=0, progress=Silent())
-    assert not list((tmp_path / "out").iterdir())
+        attribute_log(
+            tmp_path / "log.parquet", tmp_path / "schema.yaml", tmp_path / "new" / "out", seed=0, progress=Silent()
+        )
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "there").mkdir()  # what was there stays
+    with pytest.raises(LogError, match="no propensities"):
+        attribute_log(tmp_path / "log.parquet", tmp_path / "schema.yaml", tmp_path / "there", seed=0, progress=Silent())
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_tables_are_utf_8_to_spreadsheets_too(tmp_path: Path) -> None:
+    log, schema = write_log(tmp_path, n=1_500)
+    attribute_log(log, schema, tmp_path / "out", seed=0, progress=Silent())
+    tables = list((tmp_path / "out").glob("*.csv"))
+    assert len(tables) == 6 and all(table.read_bytes().startswith(b"\xef\xbb\xbf") for table in tables)
+    assert not (tmp_path / "out" / "summary.json").read_bytes().startswith(b"\xef")
 
 
 def test_a_log_without_user_fields_says_what_was_not_done(tmp_path: Path) -> None:
@@ -130,9 +223,22 @@ def summary(**changed: Any) -> dict[str, Any]:
     """A summary as `said` reads it, in which nothing was found."""
     nothing: dict[str, Any] = {
         "user": ["gender"], "examined": 40, "too_few": 2, "insights": [], "agreement": [], "main_effects": [],
-        "not_done": {},
+        "not_done": {}, "checks": [],
     }  # fmt: skip
     return nothing | changed
+
+
+def test_what_is_wrong_with_the_log_is_said_errors_first() -> None:
+    checks = [{"level": "warning", "code": "w", "message": f"Odd {i}."} for i in range(7)]
+    checks += [{"level": "error", "code": "e", "message": "Wrong."}, {"level": "info", "code": "i", "message": "Note."}]
+    lines = said(summary(checks=checks, not_done={"network": "No model."}))
+    assert lines[0] == "ERROR in the log: Wrong." and lines[1].startswith("No preference was found")
+    assert lines[-7:-1] == [
+        *(f"Warning: Odd {i}." for i in range(5)),
+        "2 more warnings about the log are in the report.",
+    ]
+    assert "Note." not in " ".join(lines)
+    assert "1 more warning about the log is in the report." in said(summary(checks=checks[:6]))
 
 
 def effect(tag: dict[str, str], effect: float, q_value: float) -> dict[str, Any]:
@@ -151,9 +257,10 @@ def test_where_no_preference_was_found_the_surest_tag_of_each_dimension_is_said(
     assert [line.split(":")[0] for line in lines[2:]] == [
         "tone=loud",
         "style=flat",
-        "1 more such tags are in the report.",
+        "1 more such tag is in the report.",
     ]
-    assert "30 % higher" in lines[2]
+    assert "30 % higher than that of what was shown in its place" in lines[2]
+    assert not any("not adjusted" in line for line in lines[2:])  # the line above them says so
     assert said(summary())[1:] == [
         "Over all users, no tag by itself makes a difference that is surely more than chance."
     ]
@@ -173,7 +280,7 @@ def test_crossings_are_said_and_counted_among_those_that_are_not_listed() -> Non
     ]
     found = summary(agreement=agreed, insights=[{"sentence": "One."}, {"sentence": "Both."}])
     assert said(found) == ["One. Found by the statistics alone.", "Both. Found by the grid alone."]
-    assert said(found, most=1)[1] == "1 more are in the report, 1 of them of two user fields or two tags at once."
+    assert said(found, most=1)[1] == "1 more is in the report, 1 of them of two user fields or two tags at once."
     crossed = summary(agreement=agreed[1:2], insights=[{"sentence": "Both."}])
     assert said(crossed) == ["Both. Found by the grid alone."]
 
@@ -199,6 +306,18 @@ def test_another_bucket_can_be_control(tmp_path: Path) -> None:
     assert sum(shown) == kept["buckets"]["B"]
 
 
+@pytest.mark.parametrize(("shares", "flagged"), [("control=.2,random=.8", False), ("control=.3,random=.7", True)])
+def test_a_log_is_held_against_the_designed_shares(tmp_path: Path, shares: str, flagged: bool) -> None:
+    log, schema = write_log(tmp_path)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as done:
+        main(["attribute", str(log), "--schema", str(schema), "--out", str(out), "--shares", shares, "--json"])
+    assert done.value.code == 0
+    other = json.loads((out / "summary.json").read_text())["effectiveness"]["other_causes"]
+    assert other["sample_ratio"]["flagged"] is flagged and "sample_ratio" not in other["missing"]
+    assert ("as designed" in other["reason"]) is flagged
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -207,8 +326,14 @@ def test_another_bucket_can_be_control(tmp_path: Path) -> None:
         ("LOG --schema SCHEMA --out OUT --from 2026-01-01", "--from and --until are for scenes"),
         ("home", "name the business"),
         ("home --control A", "--control is for logs"),
+        ("home --shares random=1", "--shares is for logs. Those of a scene are in its releases."),
+        ("LOG --schema SCHEMA --out OUT --shares random=.7,control=.2", "they sum to 0.9, not to 1"),
         ("LOG --schema SCHEMA --out OUT --model nowhere", "no exported model there"),
         ("nowhere.parquet --schema SCHEMA --out OUT", "nowhere.parquet"),
+        (
+            "LOG --schema SCHEMA --out OUT --control Z",
+            "--control 'Z': the log has no such bucket. It has: control, random",
+        ),
     ],
 )
 def test_the_command_says_what_is_missing(
@@ -220,7 +345,7 @@ def test_the_command_says_what_is_missing(
     with pytest.raises(SystemExit) as stop:
         main(["attribute", *words])
     assert stop.value.code and says in capsys.readouterr().err.replace("\n", " ")
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 # ── a scene ──
@@ -243,6 +368,7 @@ def test_a_scene_keeps_its_portrait(settings: Settings, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     assert summary["portrait"] == {"number": 1, "new": True, "cells": summary["portrait"]["cells"]}
     assert summary["exposures"] == SCENES["home"][1] and summary["insights"]
+    assert summary["effectiveness"]["other_causes"]["sample_ratio"] is None  # there is one bucket
     assert attribute()["portrait"]["new"] is False  # the same log, analysed in the same way
     caller = operator("ann", "acme")
     with Database(settings.database_url) as database, database.transaction(caller, write=False) as session:
