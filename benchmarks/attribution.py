@@ -3,19 +3,21 @@
 Worlds have eight correlated user features (numbers and choices), materials that carry two tags each, and planted
 preferences of odds ratios 1.2–2 between halves of the users; logs are 200,000 exposures of the random bucket. `--twin`
 adds logs of a model bucket (share epsilon at random, propensities logged) beside the random twin of the same people.
-All numbers are simulated. `--methods` says which methods are judged; `--out FILE` keeps a line of JSON per world and
-method, and a second run goes on where the first stopped.
+All these numbers are simulated; `--real FOLDER` tells what real logs say. `--methods` says which methods are judged;
+`--out FILE` keeps a line of JSON per world and method, and a second run goes on where the first stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import product
@@ -34,12 +36,21 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # this file has the name of the package
 
 from attribution.coding import Coded, code
-from attribution.insights import STATISTICS, Diagnostics, Insight, attribute_coded, halves, without_noise
+from attribution.insights import Diagnostics, Insight, attribute_coded, halves, without_noise
 from attribution.screening import screen
 from kaleidoscope.commands.demo_insights import preferences_of
 from kaleidoscope.log import Codes, Floats, Log, read_log
 from kaleidoscope.log_schema import LogSchema, read_schema
-from kaleidoscope.simulation import People, Population, PopulationSpec, example_variants, read_population
+from kaleidoscope.ranker import Ranker
+from kaleidoscope.simulation import (
+    People,
+    Population,
+    PopulationSpec,
+    SimulatedScene,
+    example_variants,
+    read_population,
+)
+from kaleidoscope.vocabulary import Method
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo_scene"
 
@@ -161,12 +172,12 @@ class Judged:
     joint: Floats  # (K,) what the insights estimate
 
 
-def _statistics(coded: Coded, probability: Floats) -> Judged:
+def _statistics(_: Log, coded: Coded, probability: Floats) -> Judged:
     found = attribute_coded(coded)
     return Judged(found.insights, found.diagnostics, coded, *without_noise(coded, probability, found.diagnostics))
 
 
-def _preference(coded: Coded, probability: Floats) -> Judged:
+def _preference(_: Log, coded: Coded, probability: Floats) -> Judged:
     from attribution import preference
 
     found = preference.preferences(coded)
@@ -175,23 +186,58 @@ def _preference(coded: Coded, probability: Floats) -> Judged:
     )  # fmt: skip
 
 
-def _grid(coded: Coded, probability: Floats) -> Judged:
+def _grid(_: Log, coded: Coded, probability: Floats) -> Judged:
     from attribution import grid
 
     found = grid.grid(coded)
     return Judged(found.insights, found.diagnostics, coded, *grid.without_noise(coded, probability, found))
 
 
-def _ebm(coded: Coded, probability: Floats) -> Judged:
+def _ebm(_: Log, coded: Coded, probability: Floats) -> Judged:
     from attribution.ebm import ebm
 
     return _confirmed(ebm(coded), coded, probability)
 
 
-def _contributions(coded: Coded, probability: Floats) -> Judged:
+def _contributions(_: Log, coded: Coded, probability: Floats) -> Judged:
     from attribution.contributions import lightgbm_contributions
 
     return _confirmed(lightgbm_contributions(coded), coded, probability)
+
+
+def _network(log: Log, coded: Coded, probability: Floats) -> Judged:
+    """A network of the same log, as far as it has terms of fields and tags; it seconds what the statistics find."""
+    from attribution.contributions import network_contributions
+
+    statistics = attribute_coded(coded)
+    found = network_contributions(log, coded, trained_on(log), statistics=statistics)
+    alone, joint = without_noise(coded, probability, statistics.diagnostics)
+    of = dict(zip(map(key_of, statistics.insights), joint, strict=True))
+    own = [insight for insight in found.insights if insight.importance["network"] * insight.effect > 0]
+    return Judged(own, found.diagnostics, coded, alone, np.array([of[key_of(insight)] for insight in own]))
+
+
+def trained_on(log: Log) -> Ranker:
+    """The tables of a CTR network that learned from all of a log, exported."""
+    from kaleidoscope.encoding import Encoder
+    from models.batch import Examples
+    from models.export import export_model
+    from models.networks import DeepConfig, DeepPart
+    from models.tables import fit_tables
+    from models.train import CtrModel
+
+    dimensions = log.schema.variant
+    encoder = Encoder.fit(log.columns, user=log.schema.user, context=(), variants=log.variants, dimensions=dimensions)
+    tables = fit_tables(Examples.of(log, encoder), encoder)
+    layout = tables.layout
+    shut = DeepPart(DeepConfig(layout.n_crossed, layout.crossed_tags.shape[1], 4, 8, 2))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        export_model(
+            CtrModel(tables, shut, 0.0), folder, version="planted", variants=log.variants, log_hash="-", seed=0,
+            created_at=datetime(2026, 1, 1, tzinfo=UTC),
+        )  # fmt: skip
+        return Ranker.load(folder)
 
 
 def _confirmed(found: Any, coded: Coded, probability: Floats) -> Judged:
@@ -200,31 +246,37 @@ def _confirmed(found: Any, coded: Coded, probability: Floats) -> Judged:
     return Judged(found.insights, found.diagnostics, used, *without_noise(used, known, found.diagnostics))
 
 
-METHODS: dict[str, Callable[[Coded, Floats], Judged]] = {
-    STATISTICS: _statistics, "preference": _preference, "grid": _grid, "ebm": _ebm, "contributions": _contributions,
+METHODS: dict[str, Callable[[Log, Coded, Floats], Judged]] = {
+    Method.STATISTICS: _statistics, Method.PREFERENCE: _preference, Method.GRID: _grid, Method.EBM: _ebm,
+    Method.CONTRIBUTIONS: _contributions, Method.NETWORK: _network,
 }  # fmt: skip
+VOICES = tuple(name for name in METHODS if name != Method.NETWORK)  # it adds none of its own
 CONSENSUS = "consensus"
 
 
 def measure(
-    seed: int, interactions: int, rows: int, methods: Sequence[str] = (STATISTICS,)
+    seed: int, interactions: int, rows: int, methods: Sequence[str] = (Method.STATISTICS,)
 ) -> dict[str, dict[str, Any]]:
     """What each method found in one world, and how true it is."""
     log, probability, truth = planted(seed, interactions, rows)
     coded = code(log, dependent=False)
     return {
         method: {"method": method, "seed": seed, "interactions": interactions, "rows": rows}
-        | judge(METHODS[method], coded, probability, truth)
+        | judge(METHODS[method], log, coded, probability, truth)
         for method in methods
     }
 
 
 def judge(
-    method: Callable[[Coded, Floats], Judged], coded: Coded, probability: Floats, truth: set[tuple[str, str]]
+    method: Callable[[Log, Coded, Floats], Judged],
+    log: Log,
+    coded: Coded,
+    probability: Floats,
+    truth: set[tuple[str, str]],
 ) -> dict[str, Any]:
     """The figures of one method in one world."""
     start = time.perf_counter()
-    result = method(coded, probability)  # with the little that it takes to know the truth
+    result = method(log, coded, probability)  # with the little that it takes to know the truth
     seconds = time.perf_counter() - start
     examined = result.diagnostics.examined
     known = np.isfinite(result.alone)
@@ -235,6 +287,7 @@ def judge(
             "segment": dict(i.segment), "tag": dict(i.tag), "effect": i.effect, "ci_low": i.ci_low,
             "ci_high": i.ci_high, "q_value": i.q_value, "n": i.n, "preference": i.preference,
             "true": bool(pairs_of(i) & truth), "several": len(i.segment) > 1 or i.crossed,
+            "importance": dict(i.importance),
             "covered": bool(i.ci_low - 1e-9 <= np.expm1(g) <= i.ci_high + 1e-9) if np.isfinite(g) else None,
         } for i, g in zip(result.insights, result.joint, strict=True)
     ]  # fmt: skip
@@ -289,7 +342,7 @@ def agreed(of_world: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     entries = {(m, *key_of(entry)): entry for m, f in of_world.items() for entry in f["found"]}
     found = [entries[one.insight.methods[0], *key_of(one.insight)] for one in consensus(by_method)]
     voices = [(m, tuple(pair)) for m, f in of_world.items() for pair in f["strong"]]
-    count = Counter(pair for m, pair in voices for _ in range(2 if m == STATISTICS else 1))
+    count = Counter(pair for m, pair in voices for _ in range(2 if m == Method.STATISTICS else 1))
     strong = sorted(pair for pair, methods in count.items() if methods >= 2)
     spoken = {(field, d) for entry in found for field in entry["segment"] for d in entry["tag"]}
     first = next(iter(of_world.values()))
@@ -303,7 +356,10 @@ def agreed(of_world: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 def insight_of(entry: Mapping[str, Any], method: str) -> Insight:
     """The insight that an entry of the figures tells of."""
     names = ("segment", "tag", "effect", "preference", "ci_low", "ci_high", "q_value", "n")
-    return Insight(**{name: entry[name] for name in names}, methods=(method,), crossed=entry["several"])
+    return Insight(
+        **{name: entry[name] for name in names}, methods=(method,), crossed=entry["several"],
+        importance=entry.get("importance", {}),
+    )  # fmt: skip
 
 
 def key_of(found: Any) -> tuple[Any, ...]:
@@ -371,12 +427,81 @@ def compare_twins(seed: int, interactions: int, rows: int, epsilon: float = EPSI
     }  # fmt: skip
 
 
+# ── real logs ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+PROFILE = (
+    "gender", "age", "maritalStatus", "has_children", "education", "occupation", "income", "Bar", "CoffeeHouse",
+    "CarryAway", "RestaurantLessThan20", "Restaurant20To50",
+)  # fmt: skip
+BAR_VISITS = ("never", "less1", "1~3", "4~8", "gt8")  # a month
+HISTORY = ("recency", "history", "mens", "womens", "zip_code", "newbie", "channel")
+
+
+def coupons(data: Path) -> Coded:
+    """UCI 603: coupons for drivers, accepted or not; people are told apart by what is known of them."""
+    schema = LogSchema(
+        label="Y", unit=(*PROFILE, "car"), context=("destination", "time"), user=PROFILE,
+        variant=("coupon", "expiration"),
+    )  # fmt: skip
+    return code(read_log(data / "coupon" / "coupons_uci.csv", schema))
+
+
+def mails(data: Path) -> Coded:
+    """Hillstrom: men's, women's, or no e-mail to 64,000 customers, drawn uniformly; whether they visited."""
+    schema = LogSchema(label="visit", user=HISTORY, variant=("segment",), arms="uniform")
+    return code(read_log(data / "hillstrom" / "hillstrom.csv", schema))
+
+
+def headlines(data: Path) -> Coded:
+    """Upworthy's clean weeks: packages within tests, by what is in their headline."""
+    import pandas as pd
+
+    tests = pd.read_parquet(data / "upworthy" / "upworthy.parquet")
+    tests = tests[~tests.bad_randomisation_window.astype(bool)]
+    headline = tests.headline.fillna("")
+    found = {"question": r"\?", "digits": r"\d", "you": r"\byou"}
+    tags = {name: np.where(headline.str.contains(p, case=False), "yes", "no") for name, p in found.items()}
+    schema = LogSchema(
+        clicks="clicks", impressions="impressions", group="clickability_test_id", variant=tuple(found)
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "tests.parquet"
+        tests.assign(**tags).to_parquet(path)
+        return code(read_log(path, schema))
+
+
+def summarise_real(data: Path) -> None:
+    """What real logs say, beside what is known of them."""
+    from attribution.preference import preferences
+
+    print("── real logs")
+    coded = coupons(data)
+    rates = {c.segment["Bar"]: c for c in preferences(coded).cells if "Bar" in c.segment and c.tag == {"coupon": "Bar"}}
+    told = ", ".join(f"{visits} {100 * (rates[visits].ctr or 0):.0f} %" for visits in BAR_VISITS)
+    print(f"Coupon: the Bar coupon is accepted, by visits to bars a month, by {told}")
+    _tell(attribute_coded(coded).insights, {"Bar"}, {"coupon": "Bar"})
+    print("Hillstrom: of a visit after an e-mail")
+    _tell(attribute_coded(mails(data)).insights, set(HISTORY), {"segment": "Womens E-Mail"})
+    print("Upworthy, clean weeks, within tests: clicks of headlines with it over those without, Mantel–Haenszel")
+    for main_effect in attribute_coded(headlines(data)).main_effects:
+        if "yes" in main_effect.tag.values():
+            low, high = (f"{100 * end:+.1f}" for end in (main_effect.ci_low, main_effect.ci_high))
+            print(f"  {main_effect.tag}: {100 * main_effect.effect:+.1f} % ({low} to {high})")
+
+
+def _tell(insights: Sequence[Insight], fields: set[str], tag: Mapping[str, str]) -> None:
+    for one in insights:
+        if one.tag == tag and fields & one.segment.keys():
+            print(f"  {dict(one.segment)}: {one.effect:+.2f} ({one.ci_low:+.2f} to {one.ci_high:+.2f})")
+
+
 # ── the whole ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def compare_findings(seed: int, visits: int) -> dict[str, Any]:
-    """What the statistics find in the demo's scene, whose ten pictures carry up to five tags each, and its world, in
-    which people come back and tire."""
+@contextmanager
+def demo_log(seed: int, visits: int) -> Iterator[tuple[Path, Path, SimulatedScene]]:
+    """A log of the demo's scene, whose ten pictures carry up to five tags each, and its world, in which people come
+    back and tire: the log, its schema, and what is true."""
     world = Population(read_population(), seed)
     scene, people = world.scene(example_variants(DEMO)), world.people(visits // 10)
     traffic = world.traffic(people, start=datetime(2026, 1, 5, tzinfo=UTC), days=14)
@@ -385,6 +510,12 @@ def compare_findings(seed: int, visits: int) -> dict[str, Any]:
         path, schema = Path(folder) / "log.parquet", Path(folder) / "schema.yaml"
         pq.write_table(rows, path)
         schema.write_text(yaml.safe_dump(scene.schema()), encoding="utf-8")
+        yield path, schema, scene
+
+
+def compare_findings(seed: int, visits: int) -> dict[str, Any]:
+    """What the statistics find in the demo's world."""
+    with demo_log(seed, visits) as (path, schema, scene):
         found = preferences_of(read_log(path, read_schema(schema)), scene)
     return {
         "seed": seed, "exposures": found["exposures"], "insights": len(found["insights"]), "planted": found["planted"],
@@ -392,10 +523,26 @@ def compare_findings(seed: int, visits: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def time_report(visits: int) -> None:
+    """How long `kaleidoscope attribute LOG` takes, and how much memory, of a log of the demo's scene."""
+    from kaleidoscope.commands.attribute import attribute_log
+    from kaleidoscope.progress import Silent
+
+    with demo_log(0, visits) as (path, schema, _), tempfile.TemporaryDirectory() as out:
+        start = time.perf_counter()
+        found = attribute_log(path, schema, Path(out), seed=0, progress=Silent(), simulated=True)
+        seconds = time.perf_counter() - start
+    stages = ", ".join(f"{name} {took:.1f}" for name, took in dict(found["timings_s"]).items())  # type: ignore[call-overload]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"── kaleidoscope attribute LOG: {found['exposures']:,} exposures in {seconds:.1f} s, {peak:.2f} GiB ({stages})"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every world, print tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, CONSENSUS], default=[*METHODS, CONSENSUS])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, CONSENSUS], default=[*VOICES, CONSENSUS])
     parser.add_argument("--worlds", type=int, default=20)
     parser.add_argument("--null-worlds", type=int, default=100)
     parser.add_argument(
@@ -408,6 +555,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="WORLDS",
         help="worlds of the demo: its scene, people who come back",
     )
+    parser.add_argument(
+        "--real", type=Path, metavar="FOLDER", help="the folder of the real logs: they are told of, too"
+    )
+    parser.add_argument("--report", action="store_true", help="time a whole report of a log of --rows exposures")
     parser.add_argument("--interactions", type=int, default=6)
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--null-rows", type=int, default=50_000)
@@ -426,7 +577,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             kept.add(compare_twins(seed, args.interactions, args.rows))
     for method in args.methods:
         of_worlds = [
-            agreed({m: kept.figures[m, *key] for m in methods}) if method == CONSENSUS else kept.figures[method, *key]
+            agreed({m: kept.figures[m, *key] for m in methods if m in VOICES})
+            if method == CONSENSUS
+            else kept.figures[method, *key]
             for key in wanted
         ]
         print(f"── {method}")
@@ -434,6 +587,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         summarise_nulls([f for f in of_worlds if not f["interactions"]])
     summarise_twins([kept.figures["twin", args.interactions, args.rows, s] for s in range(args.twin)])
     summarise_demos([compare_findings(seed, args.rows) for seed in range(args.demo_worlds)])
+    if args.real:
+        summarise_real(args.real)
+    if args.report:
+        time_report(args.rows)
 
 
 class _Kept:

@@ -57,6 +57,26 @@ def codes(summary: dict[str, Any]) -> list[str]:
     return [check["code"] for check in summary["checks"]]
 
 
+def preferences_of(world: World) -> dict[tuple[str, str, str, str], float]:
+    """(field, value, dimension, tag) → how much more these like it than all users, in logits; of planted pairs."""
+    return {
+        (field, f"{field}_{v}", dimension, f"{dimension}_{t}"): float(table[v, t] - world.shares[f] @ table[:, t])
+        for (f, d), table in world.tables.items()
+        for field, dimension in [(world.field_names[f], world.dimension_names[d])]
+        for v, t in np.ndindex(*table.shape)
+    }
+
+
+def preferences_in(summary: dict[str, Any], dimensions: tuple[str, ...]) -> dict[tuple[str, str, str, str], float]:
+    return {
+        (field, value, dimension, tag): insight["effect"]
+        for insight in summary["insights"]
+        for field, value in insight["segment"].items()
+        for dimension, tag in insight["tag"].items()
+        if dimension in dimensions
+    }
+
+
 def test_planted_preferences_are_worth_personalising(tmp_path: Path) -> None:
     world = World.draw(SMALL)
     summary = learn(tmp_path, world.log(20_000, np.random.default_rng(1)), world.schema())
@@ -70,6 +90,11 @@ def test_planted_preferences_are_worth_personalising(tmp_path: Path) -> None:
     assert abs(personalised["value"] - truth[0]) < 4 * personalised["se"]
     assert abs(single["value"] - truth[1]) < 4 * single["se"]
     assert summary["policy_value"]["best_per_context"] is None
+    planted = preferences_of(world)
+    found = preferences_in(summary, world.dimension_names)
+    assert {(field, dimension) for field, _, dimension, _ in found} == {(f, d) for f, _, d, _ in planted}
+    assert all(effect * planted[pair] > 0 for pair, effect in found.items() if abs(planted[pair]) > 0.1)
+    assert {d for effect in summary["main_effects"] for d in effect["tag"]} > set(world.dimension_names)
     written = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(summary))
     assert "Personalise" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
@@ -224,7 +249,7 @@ def test_too_few_units_are_refused_before_any_work(tmp_path: Path) -> None:
     world = World.draw(SMALL)
     log = world.log(2_000, np.random.default_rng(1))
     log = log.set_column(log.schema.get_field_index("user_id"), "user_id", pa.array(np.zeros(2_000, int)))
-    with pytest.raises(LogError, match="1 units in all 2,000 rows"):
+    with pytest.raises(LogError, match="1 unit in all 2,000 rows"):
         learn(tmp_path, log, world.schema())
     assert not (tmp_path / "out").exists()
 
