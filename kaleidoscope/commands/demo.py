@@ -88,6 +88,7 @@ GUARDRAILS = (
 BATCH = 5_000  # visits
 EVENTS = 20_000  # in a batch, each of which is a transaction
 HTTP_BATCH = 250
+EVERYBODY = 50  # users: where all of them are served a release, it is no canary
 
 
 @dataclass(frozen=True)
@@ -519,7 +520,9 @@ class _Loop:
         took, alike, sent = [], 0, 0
         rate = self.people.visits_per_day / self.people.visits_per_day.sum()
         visitors = self.rng.choice(len(self.people), self.plan.http_visits, p=rate)
-        client.wait_for_release(self.scene_id, self.served().number, str(self.people.ids[0]))
+        client.wait_for_release(
+            self.scene_id, self.served().number, [str(name) for name in self.people.ids[:EVERYBODY]]
+        )
         for i in range(0, len(visitors), HTTP_BATCH):
             unit = visitors[i : i + HTTP_BATCH]
             answers, requests = [], []

@@ -80,13 +80,13 @@ class Client:
         body = {"context": {"targetingKey": unit, **attributes}}
         return self._post(f"/ofrep/v1/evaluate/flags/{scene}", body)
 
-    def wait_for_release(self, scene: str, number: int, unit: str) -> None:
-        """Wait until the server serves this release."""
+    def wait_for_release(self, scene: str, number: int, units: Sequence[str]) -> None:
+        """Wait until the server serves this release to all of these units: to some it did when it was a canary."""
         until = time.monotonic() + READY_S
         while time.monotonic() < until:
             self._server.check()
             try:
-                if self.evaluate(scene, unit, {})["metadata"]["release"] == number:
+                if all(self.evaluate(scene, unit, {})["metadata"]["release"] == number for unit in units):
                     return
             except (OSError, http.client.HTTPException, JobError):
                 self.close()

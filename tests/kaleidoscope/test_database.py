@@ -120,6 +120,7 @@ def plant(database: Database, caller: Caller) -> None:
             simulated=True,
             cells=1,
             insights=0,
+            overlaps=[],
             author=business,
             **facts,
         )
