@@ -206,12 +206,13 @@ def _attribution(coded: Coded, only: Collection[tuple[Segment, int]] | None) -> 
     """Of all pairs, or of `only` these."""
     with threadpool_limits(1, "blas"):  # many small products
         screened = screen(coded, only) if coded.fields and coded.tags and (only is None or only) else None
-        return attribution_of(coded, Cells.of(coded), screened)
+        insights, diagnostics = joint_insights(coded, Cells.of(coded), screened)
+        return Attribution(insights, main_effects(Cells.of(coded.evenly)), diagnostics)
 
 
-def attribution_of(
+def joint_insights(
     coded: Coded, cells: Cells, screened: Screened | None, eligible: Collection[tuple[Segment, int]] | None = None
-) -> Attribution:
+) -> tuple[list[Insight], Diagnostics]:
     """What the joint model of the screened pairs says (None: there are none), of `eligible` ones only if given.
 
     The correction for the search counts all that were screened.
@@ -238,7 +239,7 @@ def attribution_of(
         lost_uniform=coded.lost_uniform,
         certain=coded.certain,
     )
-    return Attribution([found[i] for i in order], main_effects(Cells.of(coded.evenly)), diagnostics)
+    return [found[i] for i in order], diagnostics
 
 
 def without_noise(coded: Coded, probability: Floats, found: Diagnostics) -> tuple[Floats, Floats]:

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from attribution.cells import SUMS, Cells, t_quantile
 from attribution.coding import Coded, Segment, Tag, UserField
 from attribution.discoveries import LEVEL, Examined, Search, benjamini_hochberg
-from attribution.insights import Diagnostics, Insight, attribution_of
+from attribution.insights import Diagnostics, Insight, joint_insights
 from attribution.insights import without_noise as pairs_without_noise
 from attribution.logistic import LEAST_DESIGN_EFFECT
 from attribution.replicates import REPLICATES
@@ -136,15 +136,15 @@ def _insights(coded: Coded, cells: Cells, ratios: _Ratios, shrunk: _Shrunk) -> t
     search = examined.search
     while True:
         significant = {pair for pair, i in place.items() if abs(z[i]) >= search.threshold[i]}
-        found = attribution_of(coded, cells, screened, significant)
-        chosen = [place[pair] for pair in found.diagnostics.selected]
+        found, diagnostics = joint_insights(coded, cells, screened, significant)
+        chosen = [place[pair] for pair in diagnostics.selected]
         left = len(np.unique(examined.family[chosen]))
         if not chosen or left >= search.families:
             break
         search = Search.of(examined, left)
     cell_of = {pair: i for i, pair in enumerate(zip(ratios.segments, ratios.tags.tolist(), strict=True))}
     insights = []
-    for insight, pair, i in zip(found.insights, found.diagnostics.selected, chosen, strict=True):
+    for insight, pair, i in zip(found, diagnostics.selected, chosen, strict=True):
         q = min(2 * float(stats.norm.sf(abs(z[i])) * search.factor[i]), 1.0)
         value = float(shrunk.value[cell_of[pair]])
         insights.append(
@@ -153,7 +153,7 @@ def _insights(coded: Coded, cells: Cells, ratios: _Ratios, shrunk: _Shrunk) -> t
                 importance={Method.PREFERENCE: value},
             )
         )  # fmt: skip
-    return tuple(insights), replace(found.diagnostics, examined=examined)
+    return tuple(insights), replace(diagnostics, examined=examined)
 
 
 def _cells(ratios: _Ratios, tags: Sequence[Tag], shrunk: _Shrunk) -> tuple[PreferenceCell, ...]:
