@@ -15,6 +15,7 @@ from attribution.coding import Segment, UserField
 from attribution.discoveries import Q, Search
 from attribution.logistic import Fit, among, fit, products
 from attribution.screening import Screened, z_given
+from attribution.strata_effects import patterns_of
 from kaleidoscope.log import Codes, Floats, factorise, sums
 
 TWINS = 0.999  # |correlation| of what is left of two pairs, from which on they are one
@@ -167,10 +168,8 @@ def _crossed(screened: Screened, pair: int) -> tuple[UserField, Codes]:
     coded, examined = screened.coded, screened.examined
     f, dimensions = int(screened.field_of[pair]), coded.tags[examined.tags[pair]].dimensions
     columns = [t for t, tag in enumerate(coded.tags) if tag.dimensions & dimensions]
-    carried = coded.carried[:, columns].toarray()
-    combination = np.unique(carried, axis=0, return_inverse=True)[1].ravel()
-    key = coded.codes[f] * (int(combination.max()) + 1) + combination[coded.variant]
-    keys, codes = factorise(key)
+    pattern, patterns = patterns_of(coded.carried, columns, coded.variant)
+    keys, codes = factorise(coded.codes[f] * patterns + pattern)
     return UserField(coded.fields[f].name, tuple(map(str, keys)), ()), codes
 
 
